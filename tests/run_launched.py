@@ -84,7 +84,8 @@ def student_figures(*, sharded: bool) -> list[float]:
         fully_shard(student)
     ids = torch.arange(2, 66).view(2, 32)
     states = torch.randn(2, 32, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    loss = student(ids, targets=Targets(states, model.lm_head.weight.detach()), loss=Loss(2.0, 0.2))["loss"]
+    targets = Targets(states, model.lm_head.weight.detach(), torch.nn.Identity())
+    loss = student(ids, targets=targets, loss=Loss(2.0, 0.2))["loss"]
     loss.backward()
     gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in student.parameters()]
     return [loss.item(), *(gradient.norm().item() for gradient in gradients)]

@@ -161,8 +161,8 @@ def picture(model_type: str) -> dict[str, torch.Tensor]:
 def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     """What a decoder predicts, (sequences B, tokens T) -> (B, T, vocab)."""
     *_, last = decoder.walk([ids])
-    with decoder.head() as head:
-        return head(last[0])
+    head = decoder.head()
+    return head(last[0])
 
 
 @torch.no_grad()

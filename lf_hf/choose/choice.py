@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from lf_hf.choose.costs import GroupCosts, costs_on, split_text
+from lf_hf.choose.costs import GroupCosts, split_text
 from lf_hf.choose.sets import estimate_costs, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.decoder.hidden_states import cosine_sums, influences
@@ -94,7 +94,8 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     text = split_text(measured.text, num_fitted)
     count = num_trials(measured.text.source.tokens)
     known = measured.group_costs
-    with costs_on(decoder, text, config.ridge) as costs:
+    with StateStore(decoder.states, decoder.scratch) as store:
+        costs = GroupCosts(decoder, text, config.ridge, store)
         costs.by_group |= known
         trials = try_sets(costs, config.num_fusions, count)
         sums = [cosine_sums(before, after) for before, after in pairwise(costs.boundaries)]

@@ -7,8 +7,7 @@ is fitted.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -243,10 +242,3 @@ class GroupCosts:
         dense = [state[:, self._judged_tokens] for state in self._dense(self.decoder.num_layers, text)]
         judged = [[state[:, self._judged_tokens] for state in states] for states in candidates]
         return divergences(self.decoder, dense, judged)
-
-
-@contextmanager
-def costs_on(decoder: Decoder, text: GroupText, ridge: float) -> Iterator[GroupCosts]:
-    """Costs of groups of the dense model's layers, which can be measured on a text inside a `with` block."""
-    with StateStore(decoder.states, decoder.scratch) as store:
-        yield GroupCosts(decoder, text, ridge, store)

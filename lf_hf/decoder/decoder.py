@@ -10,7 +10,6 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -262,21 +261,25 @@ class Decoder:
             states.append(self.family.first_states(self.config, rows, rows=True))
         return states
 
-    @contextmanager
-    def norm_and_head(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """The final norm, and the head's weight (vocab, hidden), inside a `with` block."""
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight of the head, (vocab, hidden)."""
+        return value(self.model.lm_head, "weight")
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and the head."""
         norm = self._text.norm
         if is_offloaded(norm):
             gain = value(norm, "weight")
             norm = type(norm)(self.config.hidden_size, eps=self.config.rms_norm_eps)
             norm.weight = nn.Parameter(gain, requires_grad=False)
-        yield norm, value(self.model.lm_head, "weight")
+        return norm
 
-    @contextmanager
-    def head(self) -> Iterator[Head]:
-        """Final norm and head, inside a `with` block."""
-        with self.norm_and_head() as (norm, weight):
-            yield lambda states: self.family.logits(self.config, linear(norm(states).to(weight.device), weight))
+    def head(self) -> Head:
+        """Final norm and head."""
+        norm, weight = self.final_norm, self.head_weight
+        return lambda states: self.family.logits(self.config, linear(norm(states).to(weight.device), weight))
 
     def batch_indices(self, sequences: Sequence[Tensor]) -> list[list[int]]:
         """Numbers of the sequences (tokens T,) of each batch: of one length, and no more than `batch_bytes` hold."""

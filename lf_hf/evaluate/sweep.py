@@ -254,7 +254,7 @@ class _Maker:
     def _dense_point(self, key: str) -> Point:
         is_timed = self.configs[0].speed and Processes.of_launch().world_size == 1
         speedups = {"prefill": 1.0, "decoding": 1.0} if is_timed else {}
-        figures = {text.name: text.figures for text in self._measured.judged}
+        figures = {text.name: TextFigures(text.dense) for text in self._measured.judged}
         return self._evaluate(key, DENSE, self._decoder.model, figures, speedups)
 
     def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:

@@ -20,10 +20,6 @@ ToLogits = Callable[[Tensor], Tensor]
 """What a family does to the output of its head, entry by entry."""
 
 
-def unchanged(logits: Tensor) -> Tensor:
-    return logits
-
-
 @dataclass(frozen=True)
 class Targets:
     """The teacher's predictions of a batch.
@@ -34,7 +30,7 @@ class Targets:
 
     states: Tensor
     weight: Tensor
-    to_logits: ToLogits = unchanged
+    to_logits: ToLogits
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,8 @@ def write_teacher(
     _save([vars(text) for text in judged], folder / _JUDGED.format(processes.rank))
 
     def finish() -> None:
-        known = {"parts": parts, "hidden": decoder.config.hidden_size, "head": None}
-        if with_head:
-            with decoder.norm_and_head() as (_, weight):
-                known["head"] = weight
+        head = decoder.head_weight if with_head else None
+        known = {"parts": parts, "hidden": decoder.config.hidden_size, "head": head}
         new = folder / f"{_TEXT}.new"
         _save(known, new)
         new.replace(folder / _TEXT)

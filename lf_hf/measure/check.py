@@ -119,5 +119,5 @@ def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield "a layer", traces.output[0], expected
         yield "a layer's parts", decoder.run_layer(build_layer(decoder, fit.weights, fit.kind), states), expected
     *_, last = decoder.walk([ids])
-    with decoder.head() as head:
-        yield "the predictions", head(last[0]), decoder.model(ids).logits
+    head = decoder.head()
+    yield "the predictions", head(last[0]), decoder.model(ids).logits

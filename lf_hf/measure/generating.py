@@ -100,20 +100,20 @@ def _sample_sequences(
     for row, chat in chats.items():
         tokens[row] = chat.next()
     written, cache = [tokens], _new_cache(decoder)
-    with decoder.head() as head:
-        for position in progress(range(points.shape[1]), desc="Writing text", unit="token"):
-            logits = _next_logits(decoder, head, cache, tokens[:, None])
-            points, barred = points.to(logits.device), barred.to(logits.device)
-            _bar_tokens(logits, barred, chats)
-            tokens = _sample_tokens(logits, points[:, position])
-            if position + 1 < starts.shape[1]:
-                given = starts[:, position + 1].to(tokens.device)
-                tokens = torch.where(given == _SAMPLED, tokens, given)
-            if chats:
-                rows = torch.tensor(list(chats), device=tokens.device)
-                pairs = zip(chats.values(), tokens[rows].tolist(), strict=True)
-                tokens[rows] = torch.tensor([chat.next(token) for chat, token in pairs], device=tokens.device)
-            written.append(tokens)
+    head = decoder.head()
+    for position in progress(range(points.shape[1]), desc="Writing text", unit="token"):
+        logits = _next_logits(decoder, head, cache, tokens[:, None])
+        points, barred = points.to(logits.device), barred.to(logits.device)
+        _bar_tokens(logits, barred, chats)
+        tokens = _sample_tokens(logits, points[:, position])
+        if position + 1 < starts.shape[1]:
+            given = starts[:, position + 1].to(tokens.device)
+            tokens = torch.where(given == _SAMPLED, tokens, given)
+        if chats:
+            rows = torch.tensor(list(chats), device=tokens.device)
+            pairs = zip(chats.values(), tokens[rows].tolist(), strict=True)
+            tokens[rows] = torch.tensor([chat.next(token) for chat, token in pairs], device=tokens.device)
+        written.append(tokens)
     return torch.stack([step.to(tokens.device) for step in written], dim=1).cpu()
 
 
@@ -154,11 +154,11 @@ def continue_prompts(decoder: Decoder, prompts: Sequence[Tensor], count: int) ->
     tokens = pad_sequence(list(prompts), batch_first=True, padding_side="left")  # (B, T), then (B, 1)
     padding = tuple(tokens.shape[1] - len(prompt) for prompt in prompts)
     written, cache = list[Tensor](), _new_cache(decoder)
-    with decoder.head() as head:
-        for _ in range(count):
-            logits = _next_logits(decoder, head, cache, tokens, padding)
-            tokens = logits.argmax(-1, keepdim=True)
-            written.append(tokens)
+    head = decoder.head()
+    for _ in range(count):
+        logits = _next_logits(decoder, head, cache, tokens, padding)
+        tokens = logits.argmax(-1, keepdim=True)
+        written.append(tokens)
     return list(torch.cat(written, dim=1).cpu())
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.generating import continue_prompts, end_ids
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
-from lf_hf.report.data import Continuation, PerplexityInfo, TextFigures
+from lf_hf.report.data import Continuation, PerplexityInfo
 from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
 from lf_hf.text.chats import chat_form, chat_text
 from lf_hf.text.judging import PROMPTS, QUESTION, judging_sequences, judging_texts
@@ -35,11 +35,6 @@ class Judged:
     tokens: int  # of all processes
     states: list[Tensor]  # the dense model's `final_states` of each batch, (B, T, hidden), in the machine's memory
     dense: float  # its perplexity
-
-    @property
-    def figures(self) -> TextFigures:
-        """The dense model's."""
-        return TextFigures(self.dense)
 
 
 def judge_dense(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[Judged]:

@@ -45,9 +45,9 @@ def final_states(decoder: Decoder, ids: Batches, desc: str) -> dict[str, list[Te
     if batches:
         for states in progress(decoder.walk(batches), total=decoder.num_layers, desc=desc, unit="layer"):
             last = states
-    with decoder.norm_and_head() as (norm, _):
-        remaining = (norm(states) for states in last)
-        return {name: [next(remaining) for _ in text] for name, text in ids.items()}
+    norm = decoder.final_norm
+    remaining = (norm(states) for states in last)
+    return {name: [next(remaining) for _ in text] for name, text in ids.items()}
 
 
 @torch.no_grad()
@@ -67,21 +67,21 @@ def predictions(
     """
     compared = [states] if dense is None else [states, dense]
     found = {}
-    with decoder.norm_and_head() as (_, weight):
-        heads = [partial(_head_logits, decoder, weight if other is None else other) for other in (None, dense_head)]
-        for name, batches in ids.items():
-            models = []
-            for head, of_model in zip(heads, compared, strict=False):
-                models.append((head, [state[:, :-1] for state in of_model[name]]))
-            next_ids = torch.cat([batch[:, 1:].flatten() for batch in batches] or [torch.empty(0)])
-            parts: list[Tensor] = []
-            for log_probs, *expected in _log_probs(models, decoder.config.vocab_size):
-                targets, next_ids = next_ids.tensor_split([len(log_probs)])
-                parts.append(_token_figures(log_probs, targets.to(log_probs.device), *expected))
-            if means := _means_over_tokens(decoder, parts, size=3):
-                loss, divergence, agreement = means
-                perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf where no float is large enough
-                found[name] = TextFigures(perplexity.item(), divergence, agreement)
+    weight = decoder.head_weight
+    heads = [partial(_head_logits, decoder, weight if other is None else other) for other in (None, dense_head)]
+    for name, batches in ids.items():
+        models = []
+        for head, of_model in zip(heads, compared, strict=False):
+            models.append((head, [state[:, :-1] for state in of_model[name]]))
+        next_ids = torch.cat([batch[:, 1:].flatten() for batch in batches] or [torch.empty(0)])
+        parts: list[Tensor] = []
+        for log_probs, *expected in _log_probs(models, decoder.config.vocab_size):
+            targets, next_ids = next_ids.tensor_split([len(log_probs)])
+            parts.append(_token_figures(log_probs, targets.to(log_probs.device), *expected))
+        if means := _means_over_tokens(decoder, parts, size=3):
+            loss, divergence, agreement = means
+            perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf where no float is large enough
+            found[name] = TextFigures(perplexity.item(), divergence, agreement)
     return found
 
 
@@ -111,11 +111,11 @@ def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[
     cannot be computed, as where float16 overflows, is inf.
     """
     parts = []
-    with decoder.head() as head:
-        models = [(head, states) for states in (dense, *candidates)]
-        for expected, *compared in _log_probs(models, decoder.config.vocab_size):
-            parts.append(torch.stack([kl_divergence(expected, log_probs) for log_probs in compared]))
-            del expected, compared  # before the next ones are made
+    head = decoder.head()
+    models = [(head, states) for states in (dense, *candidates)]
+    for expected, *compared in _log_probs(models, decoder.config.vocab_size):
+        parts.append(torch.stack([kl_divergence(expected, log_probs) for log_probs in compared]))
+        del expected, compared  # before the next ones are made
     means = _means_over_tokens(decoder, parts, size=len(models) - 1)
     return [mean if math.isfinite(mean) else math.inf for mean in means]
 

@@ -503,7 +503,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("temperature", "share", "softcap"), [(1.0, 0.0, None), (1.0, 0.3, 3.0), (2.5, 0.3, None)])
 def test_it_is_divergence_and_the_next_token_s_loss(temperature: float, share: float, softcap: float | None) -> None:
     states, weight = student()
-    to_logits = module.unchanged if softcap is None else lambda logits: softcap * torch.tanh(logits / softcap)
+    to_logits: Any = torch.nn.Identity() if softcap is None else lambda logits: softcap * torch.tanh(logits / softcap)
     logits = to_logits(states @ weight.T).flatten(0, 1).double()
     of_base = to_logits(LOGITS).flatten(0, 1).double()
     found_log, wanted_log = ((each / temperature).log_softmax(-1) for each in (logits, of_base))
@@ -519,7 +519,7 @@ def test_it_is_divergence_and_the_next_token_s_loss(temperature: float, share: f
 def test_small_gradients_do_not_vanish_in_float16() -> None:
     """They are made before a scaler can scale them."""
     states, weight = normal(1, 512, HIDDEN, seed=1).requires_grad_(), normal(4096, HIDDEN, seed=2).requires_grad_()
-    targets = Targets(normal(1, 512, HIDDEN, seed=3), normal(4096, HIDDEN, seed=4))
+    targets = Targets(normal(1, 512, HIDDEN, seed=3), normal(4096, HIDDEN, seed=4), torch.nn.Identity())
     gradients = []
     for half in (False, True):
         with torch.autocast("cpu", torch.float16, enabled=half):
