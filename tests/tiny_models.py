@@ -190,8 +190,8 @@ def averaged(
     decoder: Decoder, w_i: Weights, w_j: Weights, alignment: str, ratio: float = 0.61
 ) -> tuple[dict[str, torch.Tensor], dict[str, RowMatch]]:
     """The average of two layers, and how their rows were matched."""
-    aligned, matches = align_layer(decoder, w_i, w_j, alignment)
-    return merge_weights(w_i, aligned, ratio), matches
+    aligned, matches = align_layer(decoder, w_i, dict(w_j), alignment)
+    return merge_weights(dict(w_i), aligned, ratio), matches
 
 
 def measure_and_fuse(

@@ -20,6 +20,7 @@ from lf_hf.measure.judge import Judged, judge_dense, write_continuations
 from lf_hf.report.data import CalibrationInfo, MadeLayer
 from lf_hf.runtime.amounts import JUDGING_LENGTH, WRITTEN_LENGTH
 from lf_hf.runtime.clock import Clock
+from lf_hf.runtime.memory import give_back_freed
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.words import plural
 from lf_hf.settings import FusionConfig
@@ -149,6 +150,7 @@ def measure(
         with clock("calibration text"):
             text = tokenize_corpus(decoder, tokenizer, corpus, config)
     digest = weights_digest(decoder.named_parameters())
+    give_back_freed()
     return Measurements(parameters, judged, clock.seconds, similarity, text, continuations, digest)
 
 

@@ -18,7 +18,7 @@ SHORT = 2  # all groups that remove at most so many layers are measured
 EXACT_LIMIT = 4096  # up to this size systems are solved in float64
 STEP_TOKENS = 2048  # of a step of a fused layer's training at least, of all processes together
 EVALUATIONS = 2  # looks of a healing at held-out text, when it keeps its state; one more is before the first step
-LOGITS = 1 << 25  # of a model that exist at a time, about: with a large vocabulary those of few tokens
+LOGITS = 1 << 24  # of a model that exist at a time, about: with a large vocabulary those of few tokens
 TRAINED_LOGITS = 1 << 26  # the same in a step of healing, in the type of its computation
 FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU = 1 << 24, 1 << 17  # of those at a time in float32: on the CPU in its cache
 

@@ -27,8 +27,8 @@ _ROWS = 256  # rows that are compared at a time, in float32
 
 
 def align_layer(
-    decoder: Decoder, weights_i: Weights, weights_j: Weights, alignment: str
-) -> tuple[Weights, dict[str, RowMatch]]:
+    decoder: Decoder, weights_i: Weights, weights_j: dict[str, Tensor], alignment: str
+) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
     """Layer j with its neurons in the order that lies closest to layer i's, and how each matrix was matched.
 
     `alignment` is as in FusionConfig.

@@ -14,7 +14,6 @@ from scipy.special import expit
 from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder, Group
-from lf_hf.families.table import Weights
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.stages.alignment import align_layer
@@ -54,7 +53,7 @@ def average(
     folded = known.get(key)
     if folded is None or folded.entry.layers[0] < first:
         folded = MadeLayer(_weights(decoder, last), {}, FusedLayer([last], [1.0]))
-    weights, entry = folded.weights, folded.entry
+    weights, entry = dict(folded.weights), folded.entry
     del folded  # so that weights go as soon as they are aligned, and those as soon as they are merged
     for i in range(entry.layers[0] - 1, first - 1, -1):
         weights_i = _weights(decoder, i)
@@ -68,7 +67,7 @@ def average(
     return known[key]
 
 
-def _weights(decoder: Decoder, index: int) -> Weights:
+def _weights(decoder: Decoder, index: int) -> dict[str, Tensor]:
     return decoder.family.unpacked(decoder.layer(index).named_parameters())
 
 
@@ -96,10 +95,13 @@ def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 
     return float(expit(beta * raw))
 
 
-def merge_weights(weights_i: Weights, weights_j: Weights, ratio: float) -> dict[str, Tensor]:
-    """ratio * layer i + (1 - ratio) * layer j, of all weights but norms', which stay layer i's."""
+def merge_weights(weights_i: dict[str, Tensor], weights_j: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
+    """ratio * layer i + (1 - ratio) * layer j, of all weights but norms', which stay layer i's.
+
+    Both are emptied on the way, to make room: what is mapped of a file counts as memory once it was read.
+    """
     names = [name for name in weights_i if "norm" not in name]
-    return {name: weighted_sum(weights_i[name], weights_j[name], ratio) for name in names}
+    return {name: weighted_sum(weights_i.pop(name), weights_j.pop(name), ratio) for name in names}
 
 
 def weighted_sum(tensor_i: Tensor, tensor_j: Tensor, ratio: float) -> Tensor:
