@@ -217,6 +217,13 @@ def test_a_run_without_a_whole_state_or_its_best_one_begins_anew(
     assert said in caplog.text and not changed(killed, healed)
 
 
+def test_states_of_the_base_that_were_cut_are_made_anew(heal: Heal, healed: Path, killed: Path) -> None:
+    [states] = (killed / WORK).glob("*.bin")
+    states.write_bytes(states.read_bytes()[:-100])
+    heal(out=killed)
+    assert not changed(killed, healed)
+
+
 def test_a_damaged_note_is_named_with_what_to_remove(heal: Heal, killed: Path) -> None:
     note = killed / WORK / "healing.json"
     note.write_text("{")
