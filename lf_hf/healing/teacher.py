@@ -104,7 +104,7 @@ def write_teacher(
 
 
 def is_written(folder: Path) -> bool:
-    """Whether a teacher is there, and whole, also after the machine went down."""
+    """Whether a teacher is there, and all of its states, of which some may be lost where the machine went down."""
     text, states = folder / _TEXT, folder / _STATES
     if not (text.is_file() and states.is_file()):
         return False

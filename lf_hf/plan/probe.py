@@ -52,15 +52,16 @@ def probe(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) ->
     def ones(rows: int, columns: int = 1, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.ones(rows, columns, dtype=kind, device=device)
 
-    numbers = 1 << (23 if device.type == "cpu" else 28)  # at most, as a plan is no reason to take memory
-    most = max(8, numbers // text.vocab_size)  # tokens
+    # At most, as a plan is no reason to take memory: numbers at a time, tokens of them, and the side of a square.
+    numbers, side = (1 << 23, 2048) if device.type == "cpu" else (1 << 28, 8192)
+    tokens = max(8, numbers // text.vocab_size)
     return {
         "layer": rate(run_layer, 2 * layer, 1, 16, 4096),
         "calls": 1 / min(seconds(run_layer, 1) for _ in range(3)),
-        "head": rate(lambda rows: ones(rows, text.hidden_size, dtype) @ weight.T, 2 * weight.numel(), 1, 8, most),
-        "product": rate(multiply, 2, 3, 256, 8192),
-        "solve": rate(solve, 4 / 3, 3, 256, 4096),
-        "logits": rate(lambda rows: ones(rows, text.vocab_size).log_softmax(-1), text.vocab_size, 1, 1, most),
+        "head": rate(lambda rows: ones(rows, text.hidden_size, dtype) @ weight.T, 2 * weight.numel(), 1, 8, tokens),
+        "product": rate(multiply, 2, 3, 256, side),
+        "solve": rate(solve, 4 / 3, 3, 256, min(side, 4096)),
+        "logits": rate(lambda rows: ones(rows, text.vocab_size).log_softmax(-1), text.vocab_size, 1, 1, tokens),
         "bytes": rate(lambda size: ones(size).clone(), 12, 1, 1 << 18, numbers),
     }
 
