@@ -112,12 +112,11 @@ def from_pretrained_fused(
     ValueError
         Before any long work, for settings, a base or calibration text that cannot be used.
     """
-    folder = None if fused_dir is None else checked_folder(fused_dir)
     inputs = FusionInputs.open(base, config, calibration, tokenizer, kwargs, model_class=model_class)
     if model_class is None and inputs.base.config.model_type == LlamaConfig.model_type:
         inputs = dataclasses.replace(inputs, model_class=FusedLlamaForCausalLM)
-    if folder is not None:
-        return _kept_in(folder, inputs)
+    if fused_dir is not None:
+        return _kept_in(checked_folder(fused_dir), inputs)
     from lf_hf import pipeline  # imports scipy, which loading does not need
 
     return pipeline.run(inputs)
@@ -180,16 +179,11 @@ def _fuse_and_keep(folder: Path, inputs: FusionInputs, made_of: dict[str, str], 
 def _work_in(folder: Path) -> Iterator[Path]:
     """Lock a folder, and make a hidden one in it for what a run puts on its disk; one of a killed run goes."""
     processes, scratch = Processes.of_launch(), folder / SCRATCH
-
-    def begin() -> None:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-
     with ExitStack() as stack:
         processes.compute_once(lambda: bool(stack.enter_context(locked_folder(folder))))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        processes.compute_once(begin)
-        scratch.mkdir(parents=True, exist_ok=True)  # on another machine
+        processes.compute_once(lambda: shutil.rmtree(scratch, ignore_errors=True))
+        scratch.mkdir(parents=True, exist_ok=True)  # of each machine
         yield scratch
         processes.all_gather_object(None)  # until all are done with it
 

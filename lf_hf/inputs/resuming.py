@@ -73,20 +73,13 @@ def ended_healing(folder: Path, made_of: Callable[[], Mapping[str, str]]) -> Fus
     note = compute_once(lambda: _note_of_result(folder))
     if not note or differences(note["made_of"], made_of()):
         return None
-
-    def end() -> FusionReport:
-        with locked_folder(folder, wait=True):
-            _end(folder)
-        return FusionReport.load(folder)
-
-    report = compute_once(end)
+    compute_once(locked_folder(folder, wait=True)(lambda: _end(folder)))
     shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of each machine
-    return report
+    return compute_once(lambda: FusionReport.load(folder))
 
 
 def _read(work: Path) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads((work / _NOTE).read_text(encoding="utf-8"))
-    return note
+    return json.loads((work / _NOTE).read_text(encoding="utf-8"))
 
 
 def _note_of_result(folder: Path) -> dict[str, Any]:

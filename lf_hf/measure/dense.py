@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +55,7 @@ class CalibrationText(NamedTuple):
     other: list[Tensor]  # pieces of text of other kinds, which only judge
     source: CalibrationInfo
     notes: list[str]  # what users should know of it
-    relations: Mapping[str, str] = MappingProxyType({})  # of judging texts to it, by name
+    relations: Mapping[str, str]  # of judging texts to it, by name
 
     @property
     def sequences(self) -> list[Tensor]:
@@ -162,7 +161,6 @@ def compare_layers(
     clock: Clock,
 ) -> Similarity:
     """Stages 1 to 3 of the published method: how similar the layers are, on calibration samples."""
-    config.check_num_samples(len(samples.texts))
     ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
     longest = max(map(len, ids))
     different = len({tuple(sample.tolist()) for sample in ids})

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -28,9 +27,6 @@ PROMPTS = (
 """What the dense and the fused model continue, for people to read: prose, arithmetic and a program."""
 QUESTION = "Which city is the capital of France, and what is it known for?"
 """What both are asked in the base's chat template, if it has one."""
-
-Relation = Literal["unseen", "kin", "seen"]
-"""What a model was fitted on of a judging text: nothing, text of its kind, or part of the text itself."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,11 @@ def judging_sequences(tokenizer: PreTrainedTokenizerBase, tokens: int, longest: 
     return packed
 
 
-def relation(judging: JudgingText, fitted: Iterable[str], names: Collection[str] = ()) -> Relation:
-    """How a judging text relates to the texts that a model was fitted on, and to the names of their parts."""
+def relation(judging: JudgingText, fitted: Iterable[str], names: Collection[str] = ()) -> str:
+    """How a judging text relates to the texts that a model was fitted on, and to the names of their parts.
+
+    "seen": part of the text itself is in them; "kin": text of its kind; "unseen": neither.
+    """
     paragraphs = [part.strip() for part in judging.text.split("\n\n") if len(part.strip()) >= _SHORTEST_PROBE]
     probes = paragraphs[:: max(1, len(paragraphs) // _PROBES)]
     for text in fitted:
@@ -78,7 +77,7 @@ def relation(judging: JudgingText, fitted: Iterable[str], names: Collection[str]
     return "kin" if judging.kin in names else "unseen"
 
 
-def relations_to(fitted: Iterable[str], names: Collection[str] = ()) -> dict[str, Relation]:
+def relations_to(fitted: Iterable[str], names: Collection[str] = ()) -> dict[str, str]:
     """By its name, how each judging text relates to the texts that a model was fitted on."""
     texts = list(fitted)
     return {judging.name: relation(judging, texts, names) for judging in judging_texts()}
