@@ -7,7 +7,6 @@ time, so that one that is offloaded need not be in memory longer than it is used
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,11 +166,10 @@ class Decoder:
                 setattr(self.config, name, [*entries[:index], entry, *entries[index + 1 :]])
             self._change_kind(layer, kind)
         for name, tensor in self.family.packed(weights).items():
-            module, _, parameter = name.rpartition(".")
             before = layer.get_parameter(name)
             like = layer.mlp.down_proj.weight if before.is_meta else before
             after = torch.empty_like(before, device=like.device, dtype=like.dtype).copy_(tensor)
-            setattr(layer.get_submodule(module), parameter, nn.Parameter(after, requires_grad=like.requires_grad))
+            layer.load_state_dict({name: after}, strict=False, assign=True)
         scratch = self.scratch if self._lies_on_disk(index) else None
         if was_offloaded and (scratch or device.type != "cpu"):
             offload(layer, device, scratch, skip_keys=self.model._skip_keys_device_placement)
@@ -194,7 +192,7 @@ class Decoder:
             if given is not None:
                 after.copy_(given)
             processes.broadcast(after)
-            setattr(module, own_name, nn.Parameter(after, requires_grad=before.requires_grad))
+            module.load_state_dict({own_name: after}, strict=False, assign=True)
         if is_tied:
             self.model.tie_weights()
 
@@ -207,19 +205,16 @@ class Decoder:
         return device_map.get(name) == "disk"
 
     def _change_kind(self, layer: DecoderLayer, kind: Kind) -> None:
-        """Make a layer one of another kind; where that has other parameters, they have no values yet."""
+        """Make a layer one of another kind, whose attention, or what is in its place, has no values yet."""
         family = self.family
-        new, before = family.new_layer(self.config, kind), family.mixer_module(layer)
-        after = family.mixer_module(new)
-        if type(after) is type(before):
-            for name in ("layer_type", "attention_type", "is_sliding", "sliding_window", "use_rope"):
-                if hasattr(after, name):
-                    setattr(before, name, getattr(after, name))
-            return
-        layer.block_type = new.block_type
-        delattr(layer, family.layer_mixer(layer).module)
-        after.config, after.layer_idx = self.config, before.layer_idx
-        layer.add_module(family.layer_mixer(new).module, after.train(layer.training))
+        new, before = family.new_layer(self.config, kind), family.layer_mixer(layer).module
+        mixer = family.mixer_module(new).train(layer.training)
+        mixer.requires_grad_(layer.mlp.down_proj.weight.requires_grad)
+        mixer.config, mixer.layer_idx = self.config, family.mixer_module(layer).layer_idx
+        if family.linear:
+            layer.block_type = new.block_type
+        kept = {name: part for name, part in layer.named_children() if name != before}
+        layer._modules = new._modules | kept  # in the order that a layer of this kind has
 
     def remove(self, index: int) -> None:
         """Take a layer out; later ones move up by one, and `config` follows."""
@@ -255,11 +250,8 @@ class Decoder:
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Token embeddings of each batch: ids of shape (sequences B, tokens T) -> (B, T, hidden)."""
         table = value(self._text.embed_tokens, "weight")
-        states = []
-        for batch in batches:
-            rows = embedding(to_device(batch, table.device), table)
-            states.append(self.family.first_states(self.config, rows, rows=True))
-        return states
+        read = (embedding(to_device(batch, table.device), table) for batch in batches)
+        return [self.family.first_states(self.config, rows, rows=True) for rows in read]
 
     @property
     def head_weight(self) -> Tensor:
@@ -295,11 +287,8 @@ class Decoder:
 
     def make_batches(self, sequences: Sequence[Tensor]) -> list[Tensor]:
         """The same batches as tensors of shape (sequences B, tokens T), on the device."""
-        batches = []
-        for numbers in self.batch_indices(sequences):
-            batch = torch.stack([sequences[number] for number in numbers])
-            batches.append(to_device(batch, self.device))
-        return batches
+        batches = (torch.stack([sequences[n] for n in numbers]) for numbers in self.batch_indices(sequences))
+        return [to_device(batch, self.device) for batch in batches]
 
     def layer_inputs(
         self, hidden_states: Tensor, layer: DecoderLayer, past: int = 0, padding: tuple[int, ...] = ()
@@ -345,8 +334,6 @@ class Decoder:
         window = self.family.layer_window(self.config, layer)
         if window is not None and window >= end:
             window = None
-        if num_tokens == 1 and window is None and is_text is None:
-            return None
         seen = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
         mask: Any = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         return mask(
@@ -383,10 +370,9 @@ def _without_layer(device_map: Mapping[str, Any], layers: str, index: int) -> di
     """A device map without one layer, in which later layers are renumbered; their names begin with `layers`."""
     renumbered = {}
     for name, device in device_map.items():
-        found = re.match(rf"{re.escape(layers)}(\d+)", name)
-        number = int(found[1]) if found else -1
-        if number > index:
-            name = name.replace(f"{layers}{number}", f"{layers}{number - 1}", 1)
-        if number != index:
+        number, dot, inside = name.removeprefix(layers).partition(".")
+        if number.isdigit() and int(number) > index:
+            name = f"{layers}{int(number) - 1}{dot}{inside}"
+        if number != str(index):
             renumbered[name] = device
     return renumbered
