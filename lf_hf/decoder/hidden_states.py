@@ -17,10 +17,7 @@ from lf_hf.runtime.numerics import in_float64, is_finite, to_device
 
 def are_finite(states: Sequence[Tensor]) -> Tensor:
     """Whether states contain neither NaN nor inf: a bool tensor of shape ()."""
-    finite = [is_finite(state) for state in states]
-    if not finite:
-        return torch.tensor(True)
-    return torch.stack(finite).all()
+    return torch.stack([is_finite(state) for state in states]).all() if states else torch.tensor(True)
 
 
 def check_finite(finite: Sequence[bool]) -> None:
@@ -41,8 +38,7 @@ def cosine_sums(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
         cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (B, tokens - 1)
         total = cosines.sum()
         count = torch.full_like(total, cosines.numel())
-        sums = to_device(sums, total.device)
-        sums += torch.stack([total, count])
+        sums = to_device(sums, total.device) + torch.stack([total, count])
     return sums
 
 
