@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import glob
 import importlib.util
 import os
 import re
@@ -39,7 +40,7 @@ from lf_hf.checkpoint.weights import (
     local_folder,
     stored_dtype,
     tensor_files,
-    tensor_names,
+    tensor_types,
     weight_files,
 )
 from lf_hf.decoder.decoder import Decoder
@@ -132,7 +133,7 @@ class Base:
     def _weights(self) -> str:
         """Pattern of the names of the files of weights."""
         if gguf_file := self.loading.get("gguf_file"):
-            return str(gguf_file)
+            return glob.escape(str(gguf_file))
         return "*.bin" if self.loading.get("use_safetensors") is False else _SAFETENSORS
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -145,8 +146,7 @@ class Base:
             folder = local_folder(self.name, self.hub | {"local_files_only": True}, [self._weights])
             if self._weights == _SAFETENSORS:
                 return weight_files(folder, self.loading.get("variant"))
-            named = folder / self._weights  # of a GGUF file
-            return [named] if named.is_file() else sorted(folder.glob(self._weights))
+            return sorted(folder.glob(self._weights))
         except (ValueError, OSError):
             if os.path.isdir(self.name):
                 raise
@@ -165,9 +165,8 @@ class Base:
         """Raise ValueError if the settings for generation, which are saved with a result, are not valid."""
         if "gguf_file" in self.hub:
             return
-        older: dict[str, Any] = {}
-        if not optional_file(self.name, GENERATION_CONFIG_NAME, self.hub):
-            older = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
+        found = optional_file(self.name, GENERATION_CONFIG_NAME, self.hub)
+        older: dict[str, Any] = {} if found else {"config_file_name": CONFIG_NAME, "_from_model_config": True}
         with (
             explained(f"{GENERATION_CONFIG_NAME} of {self.name!r} cannot be used", "repair it"),
             tempfile.TemporaryDirectory() as scratch,
@@ -237,8 +236,8 @@ class Base:
     def credit(self, model: Any) -> None:
         """Give a fused model what it takes over from this base: how images are read, licence, revision, and a note."""
         report = model.report
-        license = base_license(optional_file(self.name, CARD_NAME, self.hub))
-        notes = [*report.notes, *self._left_out()]
+        card = optional_file(self.name, CARD_NAME, self.hub)
+        license, notes = base_license(card) if card else {}, [*report.notes, *self._left_out()]
         model.remember(replace(report, license=license, notes=notes, revision=self.hub.get("revision")))
         model.processor_files = read_processor_files(self.name, self.config, self.hub)
 
@@ -248,7 +247,7 @@ class Base:
         patterns = stock._keys_to_ignore_on_load_unexpected
         if not patterns or self._weights != _SAFETENSORS:
             return []
-        names = [name for file in self.files() for name in tensor_names(file)]
+        names = [name for file in self.files() for name in tensor_types(file)]
         left_out = [pattern.strip("^") for pattern in patterns if any(re.search(pattern, name) for name in names)]
         if not left_out:
             return []

@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -49,10 +48,8 @@ def model_card(report: FusionReport, config: PretrainedConfig, *, plain: bool) -
     )
 
 
-def base_license(card: str | Path | None) -> dict[str, str]:
-    """What the base's model card, a file, says of its licence; nothing where there is no model card."""
-    if card is None:
-        return {}
+def base_license(card: str) -> dict[str, str]:
+    """What the base's model card, a file, says of its licence."""
     with suppress(OSError, ValueError, YAMLError):
         values = ModelCard.load(card).data.to_dict()
         return {name: values[name] for name in _LICENSE if isinstance(values.get(name), str)}
@@ -76,17 +73,14 @@ def _commands(report: FusionReport) -> str:
     defaults: dict[str, Any] = {}
     with suppress(ValueError):  # of another version, whose defaults are not known
         defaults = FusionConfig.from_kwargs(num_fusions=1, method=report.config["method"]).to_dict()
-    options: dict[str, Any] = {}
-    for name, value in report.settings.items():
-        if name in ("method", "num_fusions") or name not in defaults or value != defaults[name]:
-            options[name] = value
-    if report.dtype is not None:
-        options["dtype"] = report.dtype.removeprefix("torch.")
+    always = ("method", "num_fusions")
+    settings = report.settings.items()
+    options = {name: value for name, value in settings if name in always or (name, value) not in defaults.items()}
+    options["dtype"] = report.dtype and report.dtype.removeprefix("torch.")
     base, file = report.base_and_gguf_file
     if base.startswith("-"):  # no option, but a folder of that name
         base = f"./{base}"
     opening = {"gguf_file": file, "revision": report.revision}
-    opening = {name: value for name, value in opening.items() if value}
     commands = [_command(["lf-hf", "fuse", base, "out"], options | opening)]
     healings = report.healed.all if report.healed else []
     if "heal_tokens" in report.settings:
@@ -101,11 +95,12 @@ def _commands(report: FusionReport) -> str:
 
 
 def _command(words: list[str], options: Mapping[str, Any]) -> str:
+    """A command with these options, but for those that are None."""
     for name, value in options.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
-        else:
+        elif value is not None:
             words += [f"--{option}", str(value)]
     return " ".join(shlex.join(words).split())
 

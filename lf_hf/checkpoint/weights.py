@@ -48,7 +48,7 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
 
     Raises ValueError as `weight_files` does, and if a file is missing, damaged or not of plain floats.
     """
-    return {name: file for file in weight_files(folder, variant) for name in tensor_names(file)}
+    return {name: file for file in weight_files(folder, variant) for name in tensor_types(file)}
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -85,14 +85,12 @@ def _shard_names(index: Path) -> set[str]:
 
 
 def stored_dtype(file: Path) -> torch.dtype:
-    """The type of the first tensor in a safetensors file, from its header; errors are those of `tensor_names`."""
-    tensor_names(file)
-    with safe_open(file, "pt", backend="pread") as opened:
-        return str_to_torch_dtype[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
+    """The type of the first tensor in a safetensors file, from its header; errors are those of `tensor_types`."""
+    return str_to_torch_dtype[next(iter(tensor_types(file).values()))]
 
 
-def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file, from its header.
+def tensor_types(file: Path) -> dict[str, str]:
+    """The type of each tensor in a safetensors file by the tensor's name, from the file's header.
 
     Raises ValueError if it is damaged, or holds weights that are no plain floats: transformers would cast them to
     floats without a word.
@@ -108,4 +106,4 @@ def tensor_names(file: Path) -> list[str]:
                 f"{name!r} in {file.name!r} holds numbers of type {dtype}, not plain floats; convert the weights to "
                 "bfloat16 or float32, or use the checkpoint that they were quantised from."
             )
-    return list(dtypes)
+    return dtypes

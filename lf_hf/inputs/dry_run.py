@@ -9,7 +9,7 @@ from typing import Any
 
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.saving import WORK, check_replaceable, checked_folder
-from lf_hf.checkpoint.weights import tensor_names
+from lf_hf.checkpoint.weights import tensor_types
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.plan.plan import Plan
@@ -60,7 +60,7 @@ def plan_fusion(
     files = opened.files()
     for file in files:
         if file.suffix == ".safetensors":
-            tensor_names(file)  # so that it says what is wrong with one
+            tensor_types(file)  # so that it says what is wrong with one
     stored = sum(file.stat().st_size for file in files)
     if not stored:
         stored = before * opened.loaded_dtype.itemsize
