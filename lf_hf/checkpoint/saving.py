@@ -189,17 +189,13 @@ def _move(folder: Path, new: Path) -> None:
         shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
     written = _files(new)
     stale = new.with_name(_COMPLETE).read_text(encoding="utf-8", errors="replace").split("\n")
-    config = written.pop(CONFIG_NAME, None)
-    if config is not None:
+    if CONFIG_NAME in written:
         (folder / CONFIG_NAME).unlink(missing_ok=True)
-    for name, file in _files(folder).items():
-        if name in stale:
-            file.unlink()
-    for name, file in written.items():
+    for name in _files(folder).keys() & stale:
+        (folder / name).unlink()
+    for name in sorted(written, key=CONFIG_NAME.__eq__):
         (folder / name).parent.mkdir(exist_ok=True)
-        file.replace(folder / name)
-    if config is not None:
-        config.replace(folder / CONFIG_NAME)
+        written[name].replace(folder / name)
 
 
 def changed_files(folder: Path) -> list[str]:
