@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
@@ -113,11 +113,6 @@ def num_parameters(config: PretrainedConfig) -> tuple[int, int]:
     layers = text_model(model).layers
     in_layers = sum(parameter.numel() for parameter in layers.parameters())
     return in_layers // len(layers), model.num_parameters()
-
-
-def special_id(config: PretrainedConfig, name: Literal["bos", "eos", "pad"]) -> Any:
-    """A token's number, several, or None; not all configs have an entry."""
-    return getattr(config, f"{name}_token_id", None)
 
 
 def set_config_layers(config: PretrainedConfig, numbers: Sequence[int]) -> None:

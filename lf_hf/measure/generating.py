@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder, Head
-from lf_hf.families.models import special_id
 from lf_hf.runtime.amounts import WRITTEN_TOGETHER
 from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm, bos_prefix, chat_form, special_tokens
@@ -76,19 +75,20 @@ def _draw_starts(config: Any, count: int, prefix: Sequence[int], random: torch.G
     if prefix:
         starts = torch.cat([torch.full_like(starts, prefix[0]), starts], dim=1)
         starts[::2, 1] = _SAMPLED
-    elif (bos := special_id(config, "bos")) is not None:
+    elif (bos := getattr(config, "bos_token_id", None)) is not None:
         starts[::2] = bos
     return starts
 
 
 def _barred_ids(config: Any, special: Sequence[int]) -> Tensor:
-    named = {*special, special_id(config, "bos"), special_id(config, "pad"), *end_ids(config)}
+    marks = (getattr(config, f"{name}_token_id", None) for name in ("bos", "pad"))  # which not all configs have
+    named = {*special, *marks, *end_ids(config)}
     return torch.tensor(sorted(named.intersection(range(config.vocab_size))), dtype=torch.long)
 
 
 def end_ids(config: Any) -> list[Any]:
     """Tokens that end a text, by the config."""
-    ends = special_id(config, "eos")
+    ends = getattr(config, "eos_token_id", None)
     return ends if isinstance(ends, list) else [ends]
 
 
