@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any, TypeVar
 
 import click
@@ -51,13 +52,7 @@ class SettingOption(click.Option):
 
 def options(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
     """Several options as one decorator; help shows them in this order."""
-
-    def decorate(function: Function) -> Function:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
+    return lambda function: reduce(lambda decorated, option: option(decorated), reversed(options), function)
 
 
 def setting_options(settings: type[Settings], *names: str, **defaults: str) -> Callable[[Function], Function]:
