@@ -30,7 +30,7 @@ from lf_hf.choose.choice import Choice, choose
 from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.healing.result import healed_report
 from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
-from lf_hf.inputs.fusion import FusionInputs, for_model
+from lf_hf.inputs.fusion import FusionInputs, Texts, for_model
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.resuming import note_healing, save_healed
 from lf_hf.measure.dense import Measurements, measure
@@ -48,7 +48,7 @@ from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.averaging import average
-from lf_hf.text.calibration import CalibrationSamples, Corpus
+from lf_hf.text.calibration import Corpus
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +74,7 @@ def run(
     with _following(plan), TemporaryDirectory() as temporary:
         place = Path(compute_once(lambda: temporary)) if folder is None else folder
         work = place / WORK
-        config, corpus, healing = inputs.config, inputs.to_heal, plan.healing
+        config, corpus, healing = inputs.config, inputs.texts.to_heal, plan.healing
         begun = _begun(inputs, place, plan)
         model = begun or _fuse_base(inputs, plan, work, scratch)
         if healing is not None and corpus is not None:
@@ -91,9 +91,8 @@ def run(
 def _fuse_base(inputs: FusionInputs, plan: Plan, work: Path, scratch: Path | None) -> FusedForCausalLM:
     """Open the base, measure it, and fuse its layers. What a healing needs of it goes into the folder `work`."""
     base, config, tokenizer, healing = inputs.base, inputs.config, inputs.tokenizer, plan.healing
-    texts = *inputs.samples_and_text, inputs.to_heal
     decoder = base.open_decoder(plan, scratch)
-    measured = measure_base(decoder, tokenizer, config, texts, healing, work)
+    measured = measure_base(decoder, tokenizer, config, inputs.texts, healing, work)
     model = fuse_measured(base, decoder, tokenizer, config.unhealed, measured, inputs.model_class)
     base.credit(model)
     if healing is not None:
@@ -106,11 +105,11 @@ def measure_base(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     config: FusionConfig,
-    texts: tuple[CalibrationSamples | None, Corpus | None, Corpus | None],
+    texts: Texts,
     healing: HealingPlan | None,
     work: Path,
 ) -> Measurements:
-    """Measure a base on samples and text to fit to; what a healing on the third text needs of it goes into `work`."""
+    """Measure a base on samples and text to fit to; what a healing needs of it on its text goes into `work`."""
     samples, text, to_heal = texts
     measured = measure(decoder, tokenizer, config, samples, text)
     if healing is not None and to_heal is not None:

@@ -54,7 +54,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.choose.choice import choose
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.inputs.fusion import for_model, load_needed
+from lf_hf.inputs.fusion import Texts, for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
 from lf_hf.report.report import FusionReport
@@ -300,7 +300,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource) -> None:
     tokenizer = opened.tokenizer()
     decoder = Decoder(opened.load())
     config = for_model(config, opened.config)
-    samples, corpus = load_needed([config], calibration, tokenizer)
+    samples, corpus, _ = Texts.load([config], calibration, tokenizer)
     text = timed(partial(measure, decoder, tokenizer, config, samples, corpus))
     measured = text.result
     assert measured.text is not None
@@ -401,7 +401,7 @@ def one_by_one(
     evaluation, opened = lm_eval.Evaluation(TASKS), Base.open(base, gguf_loading(base))
     configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
     tokenizer, dense = opened.tokenizer(), opened.load()
-    samples, text = load_needed(configs, f"{folder}/text.txt", tokenizer)
+    samples, text, _ = Texts.load(configs, f"{folder}/text.txt", tokenizer)
     measured = measure(Decoder(dense), tokenizer, configs[0], samples, text)
     evaluation.scores(dense, tokenizer)
     del dense

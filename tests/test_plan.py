@@ -21,11 +21,11 @@ from lf_hf import FusionConfig, HealSettings, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.inputs.dry_run import DryRun, plan_fusion
-from lf_hf.inputs.fusion import load_needed
 from lf_hf.plan.machine import Machine, read_max_memory
 from lf_hf.plan.plan import NoRoom, Plan, plan
 from lf_hf.plan.probe import probe
 from lf_hf.runtime import memory
+from lf_hf.text.calibration import load_corpus
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}
 BASES = [("truncate", "llama", {}), ("refit", "llama", TIED), ("truncate", "qwen3_vl", {})]
@@ -71,7 +71,7 @@ def test_a_budget_has_a_plan_for_one_fusion(base: str, low_memory: bool) -> None
 def test_it_reads_no_weights_and_each_text_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a base on the hub it would have to fetch them to know what they hold."""
     monkeypatch.setattr(Base, "content_files", None)
-    monkeypatch.setattr("lf_hf.inputs.fusion.load_needed", loading := Mock(wraps=load_needed))
+    monkeypatch.setattr("lf_hf.inputs.fusion.load_corpus", loading := Mock(wraps=load_corpus))
     config = FusionConfig(1, "truncate", heal_tokens=2048)
     assert "healing: on" in plan_fusion(base, config, out=tmp_path, calibration=make_texts(200)).summary()
     assert loading.call_count == 1

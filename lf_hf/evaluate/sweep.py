@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,14 +25,14 @@ from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.healing.teacher import open_teacher
-from lf_hf.inputs.fusion import for_model, load_needed
+from lf_hf.inputs.fusion import Texts, for_model
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
 from lf_hf.report.data import TextFigures
 from lf_hf.report.report import versions
 from lf_hf.runtime.launch import ALONE, Processes, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
-from lf_hf.text.calibration import CalibrationSamples, Corpus, default_source, load_training_text
+from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
 
 if TYPE_CHECKING:
@@ -102,13 +102,13 @@ def sweep(
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     tokenizer = opened.tokenizer()
-    maker = _Maker(opened, tokenizer, configs, _Texts.load(configs, calibration, tokenizer), evaluation)
+    maker = _Maker(opened, tokenizer, configs, Texts.load(configs, calibration, tokenizer), evaluation)
     maker.check_healing()
     asked |= {"tasks": sorted(tasks), "limit": limit and float(limit)}  # a command line gives 20.0 for 20
     keys = maker.keys(json.dumps(asked, sort_keys=True), by_default=calibration is None)
     results = Results(folder, opened.full_name, list(keys))
     if calibration is None and (earlier := default_source(point.calibration for point in results.points())):
-        maker.texts = _Texts.load(configs, earlier, tokenizer)  # those that points which are there were made on
+        maker.texts = Texts.load(configs, earlier, tokenizer)  # those that points which are there were made on
     maker.make(keys, results)
     return results.points()
 
@@ -143,31 +143,6 @@ def _configs(
     return sorted(dict.fromkeys(configs), key=order)
 
 
-class _Texts(NamedTuple):
-    """Samples, text to fit to and text to heal on, as far as fusions need them."""
-
-    samples: CalibrationSamples | None
-    text: Corpus | None
-    to_heal: Corpus | None
-
-    @classmethod
-    def load(
-        cls, configs: Sequence[FusionConfig], calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
-    ) -> _Texts:
-        """Read what the user gave or, with None, the default texts."""
-        tokens = max(config.heal_tokens for config in configs)  # the same for all that are healed
-        to_heal = load_training_text(calibration, tokens, tokenizer) if tokens else None
-        return cls(*load_needed(configs, calibration, tokenizer), to_heal)
-
-    def used_by(self, *configs: FusionConfig) -> _Texts:
-        """Those that any of some fusions uses."""
-        return _Texts(
-            self.samples if any(config.averages for config in configs) else None,
-            self.text if any(config.needs_text for config in configs) else None,
-            self.to_heal if any(config.heal_tokens for config in configs) else None,
-        )
-
-
 @dataclass
 class _Maker:
     """Makes points one after the other, from one base that is read and measured once."""
@@ -175,7 +150,7 @@ class _Maker:
     base: Base
     tokenizer: PreTrainedTokenizerBase
     configs: list[FusionConfig]
-    texts: _Texts
+    texts: Texts
     evaluation: Evaluation
     _work: TemporaryDirectory[str] = field(default_factory=TemporaryDirectory)  # for what healings need of the base
 

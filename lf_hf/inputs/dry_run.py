@@ -75,7 +75,7 @@ def plan_fusion(
         f"parameters: {_change(before, after)}",
         f"bytes on disk: {_change(stored, after * opened.loaded_dtype.itemsize)}, as {str(opened.loaded_dtype)[6:]}",
     ]
-    samples, text = inputs.samples_and_text
+    samples, text, _ = inputs.texts
     sources = samples and samples.source, text and text.full_source
     lines += [f"calibration: {source}" for source in sources if source]
     if plan.healing is not None:

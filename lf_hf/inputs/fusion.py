@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -24,11 +24,55 @@ from lf_hf.inputs.resuming import STATES_VERSION, noted_healing
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.settings import FusionConfig
-from lf_hf.text.calibration import CalibrationSamples, Corpus, load_calibration, load_corpus, load_training_text
+from lf_hf.text.calibration import CalibrationSamples, Corpus, load_calibration, load_corpus
 from lf_hf.text.packing import check_enough
 from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
+
+
+class Texts(NamedTuple):
+    """Samples that layers are compared on, text that they are fitted to and text to heal on, as far as fusions need
+    them."""
+
+    samples: CalibrationSamples | None
+    text: Corpus | None
+    to_heal: Corpus | None
+
+    @classmethod
+    def load(
+        cls, configs: Sequence[FusionConfig], calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
+    ) -> Texts:
+        """What some fusions of one base need of what the user gave or, with None, of the default texts.
+
+        The first process of a launch reads for all, so each has to call this. Raises ValueError if `calibration` cannot
+        be used, or has too few samples.
+        """
+
+        def load() -> Texts:
+            samples, text, to_heal = None, None, None
+            for config in configs:
+                if config.averages and samples is None:
+                    count, length = config.samples_per_subject, config.sample_length
+                    samples = load_calibration(
+                        calibration, samples_per_subject=count, sample_length=length, tokenizer=tokenizer
+                    )
+                    config.check_num_samples(len(samples.texts))
+                if config.needs_text and text is None:
+                    text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
+                if (tokens := config.heal_tokens) and to_heal is None:
+                    to_heal = load_corpus(calibration, max_tokens=tokens, to_train=True, tokenizer=tokenizer)
+            return cls(samples, text, to_heal)
+
+        return compute_once(load)
+
+    def used_by(self, *configs: FusionConfig) -> Texts:
+        """Those that any of some fusions uses."""
+        return Texts(
+            self.samples if any(config.averages for config in configs) else None,
+            self.text if any(config.needs_text for config in configs) else None,
+            self.to_heal if any(config.heal_tokens for config in configs) else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -78,15 +122,9 @@ class FusionInputs:
         return cls(base, config, calibration, tokenizer, model_class or fused_class(base.config), low_memory)
 
     @cached_property
-    def samples_and_text(self) -> tuple[CalibrationSamples | None, Corpus | None]:
-        """The samples that layers are compared on, and the text that they are fitted to."""
-        return load_needed([self.config], self.calibration, self.tokenizer)
-
-    @cached_property
-    def to_heal(self) -> Corpus | None:
-        """The text of the healing that follows, if one does."""
-        tokens = self.config.heal_tokens
-        return load_training_text(self.calibration, tokens, self.tokenizer) if tokens else None
+    def texts(self) -> Texts:
+        """What this fusion, and the healing that may follow it, is made of."""
+        return Texts.load([self.config], self.calibration, self.tokenizer)
 
     def check(self, folder: Path | None = None) -> Plan:
         """The plan of this fusion.
@@ -96,7 +134,7 @@ class FusionInputs:
         for what lies there meanwhile. A fused model that is there keeps its room until the new one is whole.
         """
         base, config = self.base, self.config
-        _, text = self.samples_and_text
+        _, text, to_heal = self.texts
         if text is not None:
             length = min(config.calibration_length, base.text_config.max_position_embeddings)
             check_enough(self.tokenizer, text, length, base.text_config.vocab_size)
@@ -104,8 +142,8 @@ class FusionInputs:
         if folder is not None and config.healing is not None:
             begun = noted_healing(folder / WORK, lambda: self.healing_identity)
         plan = plan_run(base, config, folder, healing=config.healing, begun=begun, low_memory=self.low_memory)
-        if self.to_heal is not None and plan.healing is not None:
-            check_text_to_heal(self.tokenizer, self.to_heal, plan.healing.settings, base)
+        if to_heal is not None and plan.healing is not None:
+            check_text_to_heal(self.tokenizer, to_heal, plan.healing.settings, base)
         return plan
 
     def load_kept(self, folder: Path) -> FusedForCausalLM:
@@ -126,7 +164,7 @@ class FusionInputs:
         Of a base not `by_content` the sizes and times of its files are taken in place of all that they hold.
         """
         texts: list[str] | None = None
-        used = [source for source in (*self.samples_and_text, self.to_heal) if source is not None]
+        used = [source for source in self.texts if source is not None]
         if self.calibration is not None and not self.by_default and used:
             texts = [text for source in used for text in source.texts]
         read = text_digest(texts, self.tokenizer)
@@ -166,28 +204,3 @@ def _check_kinds(config: FusionConfig, text: PretrainedConfig, free: range) -> N
             f"selection={config.selection!r} {limit}; or give method='refit', which takes attention from one layer "
             "where kinds differ."
         )
-
-
-def load_needed(
-    configs: Sequence[FusionConfig], calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[CalibrationSamples | None, Corpus | None]:
-    """Samples for layer similarity and running text, as far as any of some fusions of one base needs them.
-
-    The first process of a launch reads for all, so each has to call this. Raises ValueError if `calibration` cannot be
-    used, or has too few samples.
-    """
-
-    def load() -> tuple[CalibrationSamples | None, Corpus | None]:
-        samples, text = None, None
-        for config in configs:
-            if config.averages and samples is None:
-                count, length = config.samples_per_subject, config.sample_length
-                samples = load_calibration(
-                    calibration, samples_per_subject=count, sample_length=length, tokenizer=tokenizer
-                )
-                config.check_num_samples(len(samples.texts))
-            if config.needs_text and text is None:
-                text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
-        return samples, text
-
-    return compute_once(load)
