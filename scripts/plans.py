@@ -44,9 +44,9 @@ MODELS: dict[str, tuple[PreTrainedConfig, int]] = {
     ),
 }
 MACHINES = {
-    "80 GB card": Machine({"cuda:0": 80 * GB, "cpu": 64 * GIB, "disk": 1000 * GB}, bfloat16=True, is_here=False),
-    "24 GB card": Machine({"cuda:0": 24 * GB, "cpu": 64 * GIB, "disk": 1000 * GB}, bfloat16=True, is_here=False),
-    "laptop of 16 GiB": Machine({"cpu": 16 * GIB, "disk": 500 * GB}, bfloat16=False, is_here=False),
+    "80 GB card": Machine({"cuda:0": 80 * GB, "cpu": 64 * GIB}, bfloat16=True, is_here=False),
+    "24 GB card": Machine({"cuda:0": 24 * GB, "cpu": 64 * GIB}, bfloat16=True, is_here=False),
+    "laptop of 16 GiB": Machine({"cpu": 16 * GIB}, bfloat16=False, is_here=False),
 }
 
 

@@ -189,7 +189,7 @@ WIDE = LlamaConfig(**SHAPE)  # as Llama-3-8B: 15 GiB in bfloat16
 def machine(card: float = 0, memory: float = 64) -> Machine:
     """A machine with so many GiB on a card, if any, and in memory."""
     free = {"cuda:0": int(card * GIB)} if card else {}
-    return Machine(free | {"cpu": int(memory * GIB), "disk": 1000 * GIB}, bfloat16=True, is_here=False)
+    return Machine(free | {"cpu": int(memory * GIB)}, bfloat16=True, is_here=False)
 
 
 def planned(on: Machine, method: str = "refit", **arguments: Any) -> Plan:
@@ -264,7 +264,7 @@ def test_memory_that_runs_out_all_the_same_is_said_with_what_to_plan_with(
     with pytest.raises(MemoryError, match=r"Memory ran out on cpu, .* Give max_memory=cpu=") as failed:
         fuse_checkpoint(base, tmp_path / "out", **given, method="truncate", heal_tokens=2048)
     _, _, places = str(failed.value).partition("max_memory=")
-    assert read_max_memory(places.split(", ")[0]).keys() == {"cpu", "disk"}
+    assert read_max_memory(places.split(", ")[0]).keys() == {"cpu"}
 
 
 def test_long_groups_are_left_out_where_only_shorter_ones_fit() -> None:
@@ -305,7 +305,7 @@ def test_this_machine_gives_no_more_than_it_has_and_another_one_all_that_is_name
     assert Machine.here(cpu, "cpu=9999GiB").free["cpu"] < 9999 * GIB
     other = Machine.here(cpu, "cpu=9999GiB,cuda:7=24GiB")
     assert not other.is_here and other.device == "cuda:7"
-    assert {**other.free, "disk": 0} == {"cuda:7": 24 * GIB, "cpu": 9999 * GIB, "disk": 0}
+    assert other.free == {"cuda:7": 24 * GIB, "cpu": 9999 * GIB}
 
 
 def test_a_probe_gives_minutes() -> None:

@@ -71,7 +71,7 @@ def plan_run(
     max_memory = base.loading.get("max_memory")
     devices = devices_of("auto" if device_map is None and max_memory else device_map)
     place = next(place for place in (target, *target.parents) if place.is_dir())
-    machine = replace(Machine.here(devices, max_memory, place), shards=shards)
+    machine = replace(Machine.here(devices, max_memory), shards=shards)
     if dtype == torch.bfloat16 and machine.is_here and not (machine.has_card or machine.bfloat16):
         logger.warning("This CPU has no instructions for bfloat16, so it is several times as slow as float32.")
     if healing is not None and devices[0].index and local_processes() == 1:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 class Machine:
     """What a run may use: bytes by place, and what computes, which is the first place.
 
-    Places are "cuda:0" and the like, "cpu" and "disk". `bfloat16`: whether training computes in it. `is_here`: whether
+    Places are "cuda:0" and the like, and "cpu". `bfloat16`: whether training computes in it. `is_here`: whether
     it is this machine, whose rates can be measured.
     """
 
@@ -50,12 +48,9 @@ class Machine:
 
     @classmethod
     def here(
-        cls,
-        devices: Sequence[torch.device],
-        max_memory: str | Mapping[int | str, int | str] | None = None,
-        folder: Path | None = None,
+        cls, devices: Sequence[torch.device], max_memory: str | Mapping[int | str, int | str] | None = None
     ) -> Machine:
-        """What is free now on some devices, in memory and on the disk of `folder`; with `max_memory` no more than that.
+        """What is free now on some devices and in memory; with `max_memory` no more than that.
 
         A place that `max_memory` does not name is not used, but for the disk. Raises ValueError for one that cannot be
         read. Where it names a device that is not here, the machine is another one, and all that it names is free.
@@ -67,10 +62,8 @@ class Machine:
         if is_here:
             named = {place: min(size, free.get(place, size)) for place, size in named.items()}
         in_order = sorted(named.keys() - {"disk"}, key=lambda place: (place == "cpu", place))  # cards first
-        places = {place: named[place] for place in in_order}
-        places["disk"] = named.get("disk", shutil.disk_usage(folder or Path.cwd()).free)
         bfloat16 = computes_bfloat16() if is_here else in_order[0] != "cpu"
-        return cls(places, bfloat16, is_here, Processes.of_launch().world_size)
+        return cls({place: named[place] for place in in_order}, bfloat16, is_here, Processes.of_launch().world_size)
 
 
 def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int]:
@@ -78,17 +71,14 @@ def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int
 
     Raises ValueError for what cannot be read.
     """
-    pairs: Iterable[Any] = (
-        (part.strip().partition("=")[::2] for part in given.split(",")) if isinstance(given, str) else given.items()
-    )
-    sizes, card = {}, accelerator() or torch.device("cuda")
-    for key, size in pairs:
-        try:
-            sizes[place_name(key, card.type)] = convert_file_size_to_int(size)
-        except (RuntimeError, ValueError, TypeError):
-            raise ValueError(
-                f"max_memory must be places and sizes, such as cuda:0=20GiB,cpu=30GiB; got {f'{key}={size}'!r:.80}."
-            ) from None
+    card = accelerator() or torch.device("cuda")
+    try:
+        named: Any = dict(part.strip().split("=") for part in given.split(",")) if isinstance(given, str) else given
+        sizes = {place_name(key, card.type): convert_file_size_to_int(size) for key, size in named.items()}
+    except (RuntimeError, ValueError, TypeError):
+        raise ValueError(
+            f"max_memory must be places and sizes, such as cuda:0=20GiB,cpu=30GiB; got {given!r:.80}."
+        ) from None
     if sizes.keys() == {"disk"}:
         raise ValueError("max_memory names the disk alone; give what a card or the memory may hold, too.")
     return sizes

@@ -54,7 +54,8 @@ class Phases:
 
     @property
     def fusions(self) -> int:
-        return fused_layers(self.config)
+        """How many layers go, and at most so many are fused; where a budget says how many, one at least."""
+        return self.config.num_fusions or 1
 
     @property
     def groups(self) -> int:
@@ -318,11 +319,6 @@ def activation_bytes(shape: Shape) -> int:
     of_heads = 8 * (shape.queries + shape.keys) * shape.has_head_norms
     mixer = max(8 * (shape.queries + 2 * shape.keys) + of_heads, shape.delta)
     return 10 * norms * shape.hidden + mixer + 8 * shape.mlp
-
-
-def fused_layers(fusion: FusionConfig) -> int:
-    """How many layers go, and at most so many are fused; where a budget says how many, one at least."""
-    return fusion.num_fusions or 1
 
 
 def healing_bytes(shape: Shape, machine: Machine, layers: int, trained: int, tokens: int, *, checkpoints: bool) -> int:

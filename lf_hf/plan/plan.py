@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from lf_hf.families.models import model_class, text_model, text_prefix
 from lf_hf.plan.machine import CONTEXT, PYTHON, Machine, place_name
-from lf_hf.plan.phases import Phases, Work, fused_layers, healing_bytes, healing_work, times
+from lf_hf.plan.phases import Phases, Work, healing_bytes, healing_work, times
 from lf_hf.plan.probe import Rates
 from lf_hf.plan.shape import Shape
 from lf_hf.runtime.amounts import CPU_BATCH, LARGEST_BATCH, LONGEST_GROUP
@@ -184,12 +184,12 @@ def plan(
     taken = {name: beside + need.inside + need.lists * (states == "device") for name, need in phases.needs.items()}
     steps = None
     if healing is not None:
-        steps = _plan_healing(shape, fusion, machine, healing, otherwise)
+        steps = _plan_healing(phases, machine, healing, otherwise)
         taken["heal"] = steps.bytes
     peak = {device: max(taken.values())}
     if machine.has_card:
         peak["cpu"] = PYTHON + CONTEXT + weights.get("cpu", 0) + phases.lists * (states == "host")
-    parameters = shape.total, shape.total - fused_layers(fusion) * shape.layer
+    parameters = shape.total, shape.total - phases.fusions * shape.layer
     made = parameters[1] * shape.size
     training = shape.hidden * 2 * heal_tokens + steps.disk if steps else 0  # the base's final states, and the Trainer's
     kept = made * bool(fusion.heal_tokens)  # the fused model, until the healed one is whole
@@ -253,10 +253,9 @@ def _placed(
         raise NoRoom("a run with all weights elsewhere", machine, room, cheaper)
     most: dict[str | int, int] = {}
     for place, size in machine.free.items():
-        if place != "disk":
-            index = torch.device(place).index
-            kept = PYTHON + CONTEXT + in_memory if place == "cpu" != device else room
-            most[place if index is None else index] = max(0, size - kept)
+        index = torch.device(place).index
+        kept = PYTHON + CONTEXT + in_memory if place == "cpu" != device else room
+        most[place if index is None else index] = max(0, size - kept)
     if not machine.is_here:  # accelerate warns of devices that it does not find
         logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
     layer = type(text_model(model).layers[0]).__name__
@@ -290,17 +289,15 @@ def _weights_by_place(
     return dict(weights)
 
 
-def _plan_healing(
-    shape: Shape, fusion: FusionConfig, machine: Machine, healing: HealSettings, otherwise: str | None
-) -> HealingPlan:
+def _plan_healing(phases: Phases, machine: Machine, healing: HealSettings, otherwise: str | None) -> HealingPlan:
     """What trains: the first rung of a ladder that fits, with as many sequences at a time as fit.
 
     All layers, the fused ones, or adapters, each without and with checkpoints of gradients. The fused model stays where
     it trains, and what is not trained is its own. Raises NoRoom, with the advice `otherwise`, where no rung fits.
     """
-    layers = shape.layers - fused_layers(fusion)
+    shape, layers = phases.shape, phases.shape.layers - phases.fusions
     own, free = machine.own_bytes(shape.vocab), machine.free[machine.device]
-    fused = fused_layers(fusion) * shape.layer  # parameters, as many as go
+    fused = phases.fusions * shape.layer  # parameters, as many as go
     trained_by = {
         "layers": layers * shape.layer,
         "fused": fused,
