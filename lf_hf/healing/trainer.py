@@ -48,8 +48,6 @@ LORA_SCALE = 2
 DIVERGENCE = "eval_divergence"
 _FILES = "files.json"  # in a state of the training: its files and their sizes
 _OF_ADAPTERS = "base_model.model."  # before the names of a model with adapters
-_NEWER, _OLDER = "activation_checkpointing", "gradient_checkpointing"  # names of one field of TrainingArguments
-_CHECKPOINTING = _NEWER if hasattr(TrainingArguments, _NEWER) else _OLDER
 _LEAST_WARMED_UP = 10  # steps with which there is a warm-up: its first one, at a rate of 0, is lost
 
 
@@ -379,7 +377,7 @@ def training_arguments(
         of_fsdp: Any = arguments.fsdp_config or {}
         by_fsdp = of_fsdp.get("activation_checkpointing") or parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
         if plan.gradient_checkpointing and not by_fsdp:
-            setattr(arguments, _CHECKPOINTING, True)
+            vars(arguments).update(gradient_checkpointing=True, activation_checkpointing=True)  # of either transformers
     if arguments.n_gpu > 1:  # one process takes one device: a launcher takes several
         arguments._n_gpu = 1
     return arguments
