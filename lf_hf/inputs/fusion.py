@@ -32,8 +32,7 @@ logger = logging.get_logger(__name__)
 
 
 class Texts(NamedTuple):
-    """Samples that layers are compared on, text that they are fitted to and text to heal on, as far as fusions need
-    them."""
+    """Samples to compare layers on, text to fit them to and text to heal on, as far as fusions need them."""
 
     samples: CalibrationSamples | None
     text: Corpus | None

@@ -24,8 +24,8 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 class Machine:
     """What a run may use: bytes by place, and what computes, which is the first place.
 
-    Places are "cuda:0" and the like, and "cpu". `bfloat16`: whether training computes in it. `is_here`: whether
-    it is this machine, whose rates can be measured.
+    Places are "cuda:0" and the like, and "cpu". `bfloat16`: whether training computes in it. `is_here`: whether it is
+    this machine, whose rates can be measured.
     """
 
     free: Mapping[str, int]
