@@ -29,7 +29,6 @@ from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.inputs.fusion import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
-from lf_hf.refit.states import StateStore
 from lf_hf.runtime.amounts import num_rough_tokens, num_trials
 from lf_hf.text.calibration import BUNDLED, load_calibration, load_corpus
 from lf_hf.text.judging import judging_texts
@@ -42,9 +41,8 @@ def choose_roughly(dense: Decoder, measured: Measurements, config: FusionConfig,
     """The best set of groups by fits to so many tokens."""
     assert measured.text is not None
     text = split_text(measured.text, tokens)
-    with StateStore(dense.states, dense.scratch) as store:
-        costs = GroupCosts(dense, text, config.ridge, store)
-        trials = try_sets(costs, config.num_fusions, num_trials(measured.text.source.tokens))
+    costs = GroupCosts(dense, text, config.ridge)
+    trials = try_sets(costs, config.num_fusions, num_trials(measured.text.source.tokens))
     return min(trials, key=lambda groups: trials[groups])
 
 

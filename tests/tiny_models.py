@@ -18,7 +18,6 @@ from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.pipeline import fuse
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer
-from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Traces, trace
 from lf_hf.report.data import CalibrationInfo, MadeLayer, RowMatch
 from lf_hf.stages.alignment import align_layer
@@ -179,10 +178,8 @@ def fitted(
     `streams` are those in front of the fused layer, where they are others.
     """
     layers = list(decoder.layers(numbers))
-    traces = trace(decoder, layers, states, streams, StateStore())
-    fit = fit_group(
-        decoder, layers, traces, streams or states, StateStore(), ridge=ridge, rough=rough, first=numbers[0]
-    )
+    traces = trace(decoder, layers, states, streams)
+    fit = fit_group(decoder, layers, traces, streams or states, ridge=ridge, rough=rough, first=numbers[0])
     return fit, build_layer(decoder, fit.weights, fit.kind), traces
 
 

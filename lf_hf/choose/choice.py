@@ -16,7 +16,7 @@ from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.decoder.hidden_states import cosine_sums, influences
 from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
-from lf_hf.refit.states import StateStore, run_boundaries
+from lf_hf.refit.states import run_boundaries
 from lf_hf.runtime.amounts import SHORT, num_rough_tokens, num_trials
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
@@ -54,10 +54,9 @@ def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Me
     assert measured.text is not None
     sequences = measured.text.first(_INFLUENCE_TOKENS)
     embedded = decoder.embed(decoder.make_batches(decoder.processes.shard(sequences)))
-    with StateStore(decoder.states, decoder.scratch) as store:
-        boundaries = pairwise(run_boundaries(decoder, embedded, store))
-        layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
-        of_layers = influences([cosine_sums(before, after) for before, after in layers], decoder.processes)
+    boundaries = pairwise(run_boundaries(decoder, embedded))
+    layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
+    of_layers = influences([cosine_sums(before, after) for before, after in layers], decoder.processes)
     kinds = decoder.family.config_kinds(decoder.config)
     alike = kinds if config.averages else None
     groups = least_influence_groups(of_layers, config.num_fusions, decoder.inner_layers, alike)
@@ -94,12 +93,10 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     text = split_text(measured.text, num_fitted)
     count = num_trials(measured.text.source.tokens)
     known = measured.group_costs
-    with StateStore(decoder.states, decoder.scratch) as store:
-        costs = GroupCosts(decoder, text, config.ridge, store)
-        costs.by_group |= known
-        trials = try_sets(costs, config.num_fusions, count)
-        sums = [cosine_sums(before, after) for before, after in pairwise(costs.boundaries)]
-        of_layers = influences(sums)
+    costs = GroupCosts(decoder, text, config.ridge)
+    costs.by_group |= known
+    trials = try_sets(costs, config.num_fusions, count)
+    of_layers = influences([cosine_sums(before, after) for before, after in pairwise(costs.boundaries)])
     # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
     known |= {(first, last): cost for (first, last), cost in costs.by_group.items() if last - first <= SHORT}
     chosen = min(trials, key=lambda groups: trials[groups], default=())

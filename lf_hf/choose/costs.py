@@ -21,7 +21,7 @@ from lf_hf.measure.predictions import divergences
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
 from lf_hf.refit.regression import FitOverflow
-from lf_hf.refit.states import States, StateStore, run_boundaries, run_states
+from lf_hf.refit.states import States, keep, run_boundaries, run_states
 from lf_hf.refit.traces import gather
 from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
 from lf_hf.runtime.launch import ALONE
@@ -98,7 +98,6 @@ class GroupCosts:
     text : GroupText
     ridge : float
         Of the fits.
-    store : StateStore
 
     Attributes
     ----------
@@ -111,20 +110,19 @@ class GroupCosts:
         predictions cannot be computed.
     """
 
-    def __init__(self, decoder: Decoder, text: GroupText, ridge: float, store: StateStore) -> None:
+    def __init__(self, decoder: Decoder, text: GroupText, ridge: float) -> None:
         self.processes = decoder.processes
         self.decoder = decoder.copy()
         self.decoder.processes = ALONE
         batches = [self.decoder.make_batches(sequences) for sequences in text]
         num_fitting, num_judging, _ = map(len, batches)
         embedded = self.decoder.embed(list(chain(*batches)))
-        self.boundaries = list(run_boundaries(self.decoder, embedded, store))
+        self.boundaries = list(run_boundaries(self.decoder, embedded))
         self.by_group: dict[Group, float] = {}
         self._fitting = slice(num_fitting)
         self._judging_groups = slice(num_fitting, num_fitting + num_judging)
         self._judging_sets = slice(num_fitting, None)
         self._ridge = ridge
-        self._store = store
         self._fronts: dict[Groups, _Front] = {}  # above the groups that measured sets begin with
         self._judged_tokens = slice(1, None, judged_stride(decoder.config.vocab_size))
 
@@ -167,7 +165,7 @@ class GroupCosts:
         for number, layer in progress(layers, total=len(numbers), desc=what, unit="layer", leave=False):
             if number in grouped:
                 dense = self._dense(number, self._fitting)
-                traced[number] = layer, self._store.keep(mid_state(self.decoder, layer, state) for state in dense)
+                traced[number] = layer, keep(self.decoder, (mid_state(self.decoder, layer, state) for state in dense))
             for groups, front in list(fronts.items()):
                 ends = dict(groups)
                 next_stop = ends.get(front.layer, front.layer)
@@ -209,8 +207,8 @@ class GroupCosts:
             layer = self._fuse(first, [traced[n] for n in range(first, number + 1)], fitted)
         above: States = []
         if number < groups[-1][1]:  # above the last group nothing is fitted
-            above = self._run(layer, fitted or self._dense(first, self._fitting))
-        new = _Front(number + 1, above, self._run(layer, judged or self._dense(first, text)))
+            above = run_states(self.decoder, layer, fitted or self._dense(first, self._fitting))
+        new = _Front(number + 1, above, run_states(self.decoder, layer, judged or self._dense(first, text)))
         is_group, is_last = first < number, number == groups[-1][1]
         if is_group and not is_last:
             self._fronts[tuple(group for group in groups if group[0] <= first)] = new
@@ -224,18 +222,15 @@ class GroupCosts:
         mid_states = zip(*(between for _, between in group), strict=True)
         passes = zip(streams, mid_states, strict=True)
         tokens = sum(state.shape[:2].numel() for state in boundaries[0])
-        traces = gather(self.decoder, layers, passes, fitted or None, self._store, rough_tokens=tokens)
+        traces = gather(self.decoder, layers, passes, fitted or None, rough_tokens=tokens)
         states = fitted or boundaries[0]
-        fit = fit_group(self.decoder, layers, traces, states, self._store, ridge=self._ridge, rough=True)
+        fit = fit_group(self.decoder, layers, traces, states, ridge=self._ridge, rough=True)
         return build_layer(self.decoder, fit.weights, fit.kind)
 
     def _dense(self, boundary: int, batches: slice) -> States:
         """The dense model's states of some text at a boundary."""
         states = self.boundaries[boundary]
         return [states[number] for number in range(len(states))[batches]]
-
-    def _run(self, layer: DecoderLayer, states: States) -> States:
-        return run_states(self.decoder, layer, states, self._store)
 
     def _divergences(self, candidates: Sequence[States], text: slice) -> list[float]:
         """Divergences from the dense model's predictions, by final states of some text."""

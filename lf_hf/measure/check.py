@@ -24,7 +24,6 @@ from lf_hf.families.models import (
 from lf_hf.families.table import head_dim
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
-from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
 from lf_hf.runtime.numerics import is_finite
 
@@ -111,10 +110,9 @@ def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:
     for layer in text_model(decoder.model).layers:
         if unknown := layer_weights(decoder, layer).keys() - decoder.family.parameter_names:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)
-        with StateStore() as store:
-            before = [states.clone()]
-            traces = trace(decoder, [layer], [states], before, store)
-            fit = fit_group(decoder, [layer], traces, before, store, ridge=1.0)
+        before = [states.clone()]
+        traces = trace(decoder, [layer], [states], before)
+        fit = fit_group(decoder, [layer], traces, before, ridge=1.0)
         expected = decoder.run_layer(layer, states)
         yield "a layer", traces.output[0], expected
         yield "a layer's parts", decoder.run_layer(build_layer(decoder, fit.weights, fit.kind), states), expected

@@ -17,7 +17,7 @@ from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import build_layer, layer_weights
-from lf_hf.refit.states import States, StateStore, run_states
+from lf_hf.refit.states import States, keep, run_states
 from lf_hf.refit.traces import trace
 from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
 from lf_hf.report.data import FusedLayer, MadeLayer
@@ -48,36 +48,35 @@ def fit_groups(
     batches = [torch.stack([share[number] for number in numbers]) for numbers in batch_numbers]
     judge = _HeldOutText(dense, held_out)
     steps = training_steps(dense, sequences, batch_numbers) if held_out else None
-    with StateStore(dense.states, dense.scratch) as store:
-        dense_states: States = store.keep(dense.embed(batches))
-        states: States | None = None  # of the fused model; None as long as no layer below is fused
-        up_to = groups[-1][1] + 1  # nothing is fitted above the last group
-        dense_layers = dense.layers(range(up_to))
-        grouped = {number for first, last in groups for number in range(first, last + 1)}
-        alone = [(number, number) for number in range(up_to) if number not in grouped]
-        for first, last in progress(sorted([*groups, *alone]), desc="Fitting layers", unit="layer"):
-            layers = [next(dense_layers) for _ in range(first, last + 1)]
-            judge.run_dense(layers)
-            if first == last:
-                [layer] = layers
-                dense_states = run_states(dense, layer, dense_states, store)
-                if states is not None:
-                    states = run_states(dense, layer, states, store)
-                judge.run(layer)
-                continue
-            missed_by_layer = [judge.missed(layer) for layer in layers]
-            traces = trace(dense, layers, dense_states, states, store)
-            before = dense_states if states is None else states
-            dense_states = traces.output
-            fit = fit_group(dense, layers, traces, before, store, ridge=ridge, first=first)
-            del layers, traces
-            if steps is not None:
-                fit = _best(dense, fit, before, dense_states, steps, judge, missed_by_layer)
-            layer = build_layer(dense, fit.weights, fit.kind)
-            states = run_states(dense, layer, before, store)
+    dense_states: States = keep(dense, dense.embed(batches))
+    states: States | None = None  # of the fused model; None as long as no layer below is fused
+    up_to = groups[-1][1] + 1  # nothing is fitted above the last group
+    dense_layers = dense.layers(range(up_to))
+    grouped = {number for first, last in groups for number in range(first, last + 1)}
+    alone = [(number, number) for number in range(up_to) if number not in grouped]
+    for first, last in progress(sorted([*groups, *alone]), desc="Fitting layers", unit="layer"):
+        layers = [next(dense_layers) for _ in range(first, last + 1)]
+        judge.run_dense(layers)
+        if first == last:
+            [layer] = layers
+            dense_states = run_states(dense, layer, dense_states)
+            if states is not None:
+                states = run_states(dense, layer, states)
             judge.run(layer)
-            del layer, before
-            yield fit
+            continue
+        missed_by_layer = [judge.missed(layer) for layer in layers]
+        traces = trace(dense, layers, dense_states, states)
+        before = dense_states if states is None else states
+        dense_states = traces.output
+        fit = fit_group(dense, layers, traces, before, ridge=ridge, first=first)
+        del layers, traces
+        if steps is not None:
+            fit = _best(dense, fit, before, dense_states, steps, judge, missed_by_layer)
+        layer = build_layer(dense, fit.weights, fit.kind)
+        states = run_states(dense, layer, before)
+        judge.run(layer)
+        del layer, before
+        yield fit
 
 
 def _best(

@@ -40,7 +40,7 @@ from lf_hf.refit.layer_parts import (
     with_one_norm,
 )
 from lf_hf.refit.regression import Failures, FitOverflow, expanded
-from lf_hf.refit.states import States, StateStore, on_device
+from lf_hf.refit.states import States, keep
 from lf_hf.refit.traces import Traces
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.amounts import TOKEN_STRIDE, num_candidates
@@ -53,7 +53,6 @@ def fit_group(
     layers: list[DecoderLayer],
     traces: Traces,
     states: States,
-    store: StateStore,
     *,
     ridge: float,
     rough: bool = False,
@@ -70,7 +69,6 @@ def fit_group(
         Of calibration text that passed the group; its lists are emptied as they are used.
     states : sequence of tensors of shape (sequences B, tokens T, hidden)
         The same text in front of the layer that is made.
-    store : StateStore
     ridge : float
     rough : bool
         Keep the largest channels, choose key-value groups in one round, and fit once in front of norms: many times
@@ -87,7 +85,8 @@ def fit_group(
     """
     family, device = decoder.family, layers[0].mlp.down_proj.weight.device
     kinds = [family.layer_kind(layer) for layer in layers]
-    states = on_device(states, layers[0], store)  # the layers of a model on several devices come together on the first
+    if states and states[0].device != device:  # the layers of a model on several devices come together on the first
+        states = keep(decoder, (state.to(device) for state in states))
     group: list[dict[str, Tensor]] = []
     while layers:
         weights = layer_weights(decoder, layers.pop(0))
@@ -96,7 +95,7 @@ def fit_group(
     attention = HalfFit(decoder, family.mixer(kinds[0]), states, traces.attended, traces.failures, ridge, rough)
     kind, attended = fit_attention(attention, group, traces.attention_maps, kinds)
     fused = build_layer(decoder, attended.weights, kind)
-    mid_states = store.keep(mid_state(decoder, fused, state) for state in states)
+    mid_states = keep(decoder, (mid_state(decoder, fused, state) for state in states))
     del fused
     mlp = HalfFit(decoder, family.mlp, mid_states, traces.output, traces.failures, ridge, rough)
     gated = fit_mlp(mlp, group, traces.mid_states)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,65 +21,35 @@ from lf_hf.decoder.hidden_states import are_finite, check_finite
 from lf_hf.families.table import DecoderLayer
 from lf_hf.runtime.numerics import to_host
 
-Place = Literal["device", "host", "disk"]
 Fetch = Callable[[], Tensor]
 States = Sequence[Tensor]
 """Batches of states on their way through the layers, each of shape (sequences B, tokens T, hidden)."""
 
 
-class StateStore(ExitStack):
-    """Makes the lists of states of one computation. Use in a `with` block, in which its lists can be read.
+def _into_memory(state: Tensor) -> Fetch:
+    """Into the machine's memory, locked where a card copies from it, so that copies do not hold up the host."""
+    device = state.device
+    kept = torch.empty(state.shape, dtype=state.dtype, pin_memory=device.type not in ("cpu", "mps"))
+    kept.copy_(state, non_blocking=True)
+    return lambda: kept.to(device, non_blocking=True)
 
-    Parameters
-    ----------
-    place : {"device", "host", "disk"}
-        Where states are kept; "device" is where they are made.
-    scratch : Path, optional
-        Folder for "disk". Default: that for temporary files.
-    """
 
-    def __init__(self, place: Place = "device", scratch: Path | None = None) -> None:
-        super().__init__()
-        self.place = place
-        self._folder = self.enter_context(tempfile.TemporaryDirectory(dir=scratch)) if place == "disk" else None
+def _into_file(folder: Path | None) -> Callable[[Tensor], Fetch]:
+    """Into a new file that has no name, and so goes with the list."""
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the list
 
-    def new_list(self) -> StateList:
-        """A list that is empty, to which states can be appended."""
-        if self.place == "device":
-            return []
-        return _Fetched(self._into_memory if self.place == "host" else self._into_file())
+    def fetch(start: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        file.seek(start)
+        data = np.fromfile(file, np.uint8, shape.numel() * dtype.itemsize)
+        return torch.from_numpy(data).view(dtype).view(shape).to(device)
 
-    def keep(self, states: Iterable[Tensor]) -> States:
-        """A list of these states; only one of them need be on its device at a time."""
-        kept = self.new_list()
-        for state in states:
-            kept.append(state)
-        return kept
+    def write(state: Tensor) -> Fetch:
+        start = file.seek(0, os.SEEK_END)
+        file.write(state.contiguous().view(torch.uint8).cpu().numpy().data)
+        file.flush()
+        return partial(fetch, start, state.shape, state.dtype, state.device)
 
-    @staticmethod
-    def _into_memory(state: Tensor) -> Fetch:
-        """Into the machine's memory, locked where a card copies from it, so that copies do not hold up the host."""
-        device = state.device
-        kept = torch.empty(state.shape, dtype=state.dtype, pin_memory=device.type not in ("cpu", "mps"))
-        kept.copy_(state, non_blocking=True)
-        return lambda: kept.to(device, non_blocking=True)
-
-    def _into_file(self) -> Callable[[Tensor], Fetch]:
-        """Into a new file, which is deleted with the list."""
-        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed with the list
-
-        def fetch(start: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-            file.seek(start)
-            data = np.fromfile(file, np.uint8, shape.numel() * dtype.itemsize)
-            return torch.from_numpy(data).view(dtype).view(shape).to(device)
-
-        def write(state: Tensor) -> Fetch:
-            start = file.seek(0, os.SEEK_END)
-            file.write(state.contiguous().view(torch.uint8).cpu().numpy().data)
-            file.flush()
-            return partial(fetch, start, state.shape, state.dtype, state.device)
-
-        return write
+    return write
 
 
 class _Fetched(Sequence[Tensor]):
@@ -104,28 +73,38 @@ StateList = list[Tensor] | _Fetched
 """A list of states that grows."""
 
 
-def run_states(decoder: Decoder, layer: DecoderLayer, states: States, store: StateStore) -> States:
+def new_list(decoder: Decoder) -> StateList:
+    """A list that is empty, to which states can be appended."""
+    if decoder.states == "device":
+        return []
+    return _Fetched(_into_memory if decoder.states == "host" else _into_file(decoder.scratch))
+
+
+def keep(decoder: Decoder, states: Iterable[Tensor]) -> States:
+    """A list of these states; only one of them need be on its device at a time."""
+    kept = new_list(decoder)
+    for state in states:
+        kept.append(state)
+    return kept
+
+
+def run_states(decoder: Decoder, layer: DecoderLayer, states: States) -> States:
     """Run one layer, where its weights are."""
-    return store.keep(decoder.run_layer(layer, state) for state in on_device(states, layer, store))
+    device = layer.mlp.down_proj.weight.device
+    return keep(decoder, (decoder.run_layer(layer, state.to(device)) for state in states))
 
 
 @torch.no_grad()
-def run_boundaries(decoder: Decoder, embedded: States, store: StateStore) -> Iterator[States]:
+def run_boundaries(decoder: Decoder, embedded: States) -> Iterator[States]:
     """States before each layer of the model, and after the last one.
 
     Raises ValueError at the end if a layer's output contains NaN or inf; the layer is named.
     """
-    states = store.keep(embedded)
+    states = keep(decoder, embedded)
     yield states
     finite = []
     for layer in decoder.layers(range(decoder.num_layers)):
-        states = store.keep(decoder.run_layer(layer, state) for state in states)
+        states = run_states(decoder, layer, states)
         finite.append(are_finite(states))
         yield states
     check_finite([bool(holds) for holds in to_host(*finite)])
-
-
-def on_device(states: Sequence[Tensor], layer: DecoderLayer, store: StateStore) -> Sequence[Tensor]:
-    """The same states where a layer's weights are."""
-    device = layer.mlp.down_proj.weight.device
-    return states if not states or states[0].device == device else store.keep(state.to(device) for state in states)

@@ -13,7 +13,7 @@ from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.half_fit import Problem, add_to_map, empty_problem
 from lf_hf.refit.layer_parts import after_half, mid_state
 from lf_hf.refit.regression import Failures
-from lf_hf.refit.states import States, StateStore
+from lf_hf.refit.states import States, new_list
 
 Pass = tuple[Sequence[Tensor], Sequence[Tensor]]
 """A batch's states in front of each layer of a group and after the last one, and between the halves of each layer; all
@@ -31,15 +31,13 @@ class Traces(NamedTuple):
 
 
 @torch.no_grad()
-def trace(
-    decoder: Decoder, layers: Sequence[DecoderLayer], dense: States, states: States | None, store: StateStore
-) -> Traces:
+def trace(decoder: Decoder, layers: Sequence[DecoderLayer], dense: States, states: States | None) -> Traces:
     """Run a group's layers one after the other, with all states on the first layer's device.
 
     `dense` is what the first layer reads, and `states` the same text in front of the layer that is made; None where
     that is the same.
     """
-    return gather(decoder, layers, (_passed(decoder, layers, state) for state in dense), states, store)
+    return gather(decoder, layers, (_passed(decoder, layers, state) for state in dense), states)
 
 
 def _passed(decoder: Decoder, layers: Sequence[DecoderLayer], state: Tensor) -> Pass:
@@ -56,7 +54,6 @@ def gather(
     layers: Sequence[DecoderLayer],
     passes: Iterable[Pass],
     states: States | None,
-    store: StateStore,
     *,
     rough_tokens: int | None = None,
 ) -> Traces:
@@ -70,8 +67,8 @@ def gather(
     shape = decoder.config.hidden_size, decoder.config.hidden_size
     maps: list[Problem | None] = [] if states is not None else [None]
     maps += [empty_problem(decoder, shape, like, failures, rough_tokens) for _ in layers[len(maps) :]]
-    attended, output = store.new_list(), store.new_list()
-    mid_states = [store.new_list() for _ in layers]
+    attended, output = new_list(decoder), new_list(decoder)
+    mid_states = [new_list(decoder) for _ in layers]
     for number, (stream, between) in enumerate(passes):
         start, *_, end = stream = [state.to(like.device) for state in stream]
         between = [state.to(like.device) for state in between]

@@ -29,7 +29,6 @@ from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import fuse
 from lf_hf.refit.regression import FitOverflow
-from lf_hf.refit.states import StateStore
 from lf_hf.report.data import BudgetTrial
 from lf_hf.runtime.launch import Processes
 from lf_hf.text.calibration import Corpus
@@ -150,7 +149,7 @@ def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
     """Costs are those of rough fits, on half of the tokens of the text that judges; of that groups take a part."""
     model = make_llama(num_hidden_layers=7)
     text = split_text(calibration_text(TEXT[:8], TEXT[8:]), 4096)
-    costs = GroupCosts(Decoder(model), text, 0.1, StateStore())
+    costs = GroupCosts(Decoder(model), text, 0.1)
     tried = try_sets(costs, 2, count=16)
     pairs, threes = [(n, n + 1) for n in range(1, 5)], [(n, n + 2) for n in range(1, 4)]
     assert costs.by_group.keys() == {*pairs, *threes} and len(tried) == 6

@@ -21,7 +21,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.layer_parts import layer_weights
 from lf_hf.refit.regression import DualRegression, Regression, Solution
-from lf_hf.refit.states import StateStore
+from lf_hf.refit.states import keep
 from lf_hf.refit.traces import trace
 from lf_hf.refit.tuning import training_steps, tune
 
@@ -303,14 +303,15 @@ def test_attention_that_writes_nothing_keeps_the_gain_of_its_norm(model_type: st
 def test_states_on_disk_are_the_same_and_leave_it_when_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = [normal(2, 5, 4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with StateStore("disk") as store:
-        kept, other = store.keep(states), store.keep(states)
-        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, states, strict=True))
-        assert len(kept) == 2 and torch.equal(kept[-1], states[-1])
-        assert torch.equal(other[0], states[0])
-        opened = psutil.Process().num_fds()
-        del kept
-        assert psutil.Process().num_fds() == opened - 1
+    decoder = Decoder(make_llama())
+    decoder.states = "disk"
+    kept, other = keep(decoder, states), keep(decoder, states)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, states, strict=True))
+    assert len(kept) == 2 and torch.equal(kept[-1], states[-1])
+    assert torch.equal(other[0], states[0])
+    opened = psutil.Process().num_fds()
+    del kept
+    assert psutil.Process().num_fds() == opened - 1
     assert not list(tmp_path.iterdir())
 
 
@@ -328,7 +329,7 @@ def test_a_fit_is_nearer_to_its_group_than_its_layers_on_unseen_text_and_trainin
     decoder, layers = Decoder(model), model.model.layers[1:3]
     text, unseen_text = MANY_SEQUENCES[:150], MANY_SEQUENCES[150:]
     states, unseen = (decoder.embed(decoder.make_batches(sequences)) for sequences in (text, unseen_text))
-    wanted = trace(decoder, layers, unseen, None, StateStore()).output
+    wanted = trace(decoder, layers, unseen, None).output
     fit, fused, traces = fitted(decoder, (1, 2), states)
     entry: Any = fit.entry
     assert entry.layers == [1, 2] and sum(entry.channels_kept) == 48 and entry.error_after < entry.error_before
