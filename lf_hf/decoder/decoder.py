@@ -239,7 +239,7 @@ class Decoder:
         for first, last in groups:
             index = first - num_removed
             layer = fused.layer(index)
-            weights = self.family.unpacked(layer.named_parameters())
+            weights = self.family.unpacked(layer)
             self.join((index, last - num_removed), weights, self.family.layer_kind(layer))
             num_removed += last - first
 

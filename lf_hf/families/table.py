@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -172,12 +172,12 @@ class Family:
             axes += [Axis(f"{self.query_norm}.weight", 0, "query"), Axis(f"{self.key_norm}.weight", 0, "key_value")]
         return tuple(axes)
 
-    def unpacked(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def unpacked(self, layer: DecoderLayer) -> dict[str, Tensor]:
         """A layer's parameters by names that all families share, each projection by itself, and norms' gains as such.
 
         All that can be are views.
         """
-        named = dict(weights)
+        named: dict[str, Tensor] = dict(layer.named_parameters())
         for half in (self.attention, self.mlp):
             for kind in ("weight", "bias"):
                 if half.packed and (tensor := named.pop(f"{half.packed}.{kind}", None)) is not None:

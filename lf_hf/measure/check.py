@@ -23,7 +23,7 @@ from lf_hf.families.models import (
 )
 from lf_hf.families.table import head_dim
 from lf_hf.refit.fit import fit_group
-from lf_hf.refit.layer_parts import build_layer, layer_weights
+from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.traces import trace
 from lf_hf.runtime.numerics import is_finite
 
@@ -108,7 +108,7 @@ def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:
     embedded = text_model(decoder.model).embed_tokens(ids)
     yield "the embeddings", decoder.embed([ids])[0], decoder.family.first_states(decoder.config, embedded)
     for layer in text_model(decoder.model).layers:
-        if unknown := layer_weights(decoder, layer).keys() - decoder.family.parameter_names:
+        if unknown := decoder.family.unpacked(layer).keys() - decoder.family.parameter_names:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)
         before = [states.clone()]
         traces = trace(decoder, [layer], [states], before)

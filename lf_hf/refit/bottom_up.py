@@ -16,7 +16,7 @@ from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.half_fit import token_weights
-from lf_hf.refit.layer_parts import build_layer, layer_weights
+from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import States, keep, run_states
 from lf_hf.refit.traces import trace
 from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
@@ -98,7 +98,7 @@ def _best(
     held_out_error, first_token_error = missed[best]
     entry = replace(fit.entry, held_out_error=held_out_error, first_token_error=first_token_error)
     if best < len(layers):
-        return fit._replace(weights=layer_weights(dense, layers[best]), entry=entry)
+        return fit._replace(weights=dense.family.unpacked(layers[best]), entry=entry)
     number = entry.layers[best - len(layers)]
     layer = dense.layer(number)
     is_taken = [other == number for other in entry.layers]
@@ -112,7 +112,7 @@ def _best(
         first_token_error=first_token_error,
         layer_instead=number,
     )
-    return MadeLayer(layer_weights(dense, layer), dense.family.layer_kind(layer), entry)
+    return MadeLayer(dense.family.unpacked(layer), dense.family.layer_kind(layer), entry)
 
 
 class _HeldOutText:

@@ -31,7 +31,6 @@ from lf_hf.refit.layer_parts import (
     build_layer,
     folded,
     gated_channels,
-    layer_weights,
     mid_state,
     normalized,
     selected,
@@ -89,7 +88,7 @@ def fit_group(
         states = keep(decoder, (state.to(device) for state in states))
     group: list[dict[str, Tensor]] = []
     while layers:
-        weights = layer_weights(decoder, layers.pop(0))
+        weights = family.unpacked(layers.pop(0))
         group.append({name: weight.to(device) for name, weight in weights.items()})
 
     attention = HalfFit(decoder, family.mixer(kinds[0]), states, traces.attended, traces.failures, ridge, rough)

@@ -18,11 +18,6 @@ from lf_hf.families.table import DecoderLayer, Half, Kind, Weights
 _LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 
 
-def layer_weights(decoder: Decoder, layer: DecoderLayer) -> dict[str, Tensor]:
-    """A layer's weights, views of them where that can be."""
-    return decoder.family.unpacked(layer.named_parameters())
-
-
 def folded(half: Half, weights: Weights, input_map: Tensor | None = None) -> dict[str, Tensor]:
     """A layer with the gains of a half's norm, and a map that it reads through, (hidden, hidden), in its readers."""
     layer = dict(weights)

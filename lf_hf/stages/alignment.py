@@ -6,7 +6,7 @@ whole neurons and attention heads move, with all that belongs to them, so that t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def align_layer(
 ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
     """Layer j with its neurons in the order that lies closest to layer i's, and how each matrix was matched.
 
-    `alignment` is as in FusionConfig.
+    What is outside the symmetry is passed through. `alignment` is as in FusionConfig.
     """
     if alignment == "none":
         return weights_j, {}
@@ -40,7 +40,11 @@ def align_layer(
         symmetric = {axis.parameter for axis in symmetry}
         symmetry = tuple(axis for axis in _ROW_AXES if f"{axis.permutation}.weight" in symmetric)
     permutations, matches = match_neurons(weights_i, weights_j, head_dim(decoder.config), symmetry, decoder.processes)
-    return permute_neurons(weights_j, permutations, symmetry), matches
+    aligned = dict(weights_j)
+    for axis in symmetry:
+        if (weight := aligned.get(axis.parameter)) is not None:
+            aligned[axis.parameter] = weight.index_select(axis.dim, permutations[axis.permutation].to(weight.device))
+    return aligned, matches
 
 
 def normalized_rows(weight: Tensor) -> Tensor:
@@ -113,18 +117,6 @@ def _match_heads(query_costs: Costs, key_value_costs: Costs) -> dict[str, NDArra
     key_value = linear_sum_assignment(costs)[1]
     query = np.concatenate([b * group + orders[a, b] for a, b in enumerate(key_value)])
     return {"query": query, "key_value": key_value}
-
-
-def permute_neurons(
-    weights: Weights, permutations: Mapping[str, Tensor], symmetry: Sequence[Axis]
-) -> dict[str, Tensor]:
-    """The same layer with its neurons and heads in another order; what is outside the symmetry is passed through."""
-    permuted = dict(weights)
-    for axis in symmetry:
-        if axis.parameter in permuted:
-            weight = permuted[axis.parameter]
-            permuted[axis.parameter] = weight.index_select(axis.dim, permutations[axis.permutation].to(weight.device))
-    return permuted
 
 
 def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> RowMatch:

@@ -52,11 +52,11 @@ def average(
     known = {} if known is None else known
     folded = known.get(key)
     if folded is None or folded.entry.layers[0] < first:
-        folded = MadeLayer(_weights(decoder, last), {}, FusedLayer([last], [1.0]))
+        folded = MadeLayer(decoder.family.unpacked(decoder.layer(last)), {}, FusedLayer([last], [1.0]))
     weights, entry = dict(folded.weights), folded.entry
     del folded  # so that weights go as soon as they are aligned, and those as soon as they are merged
     for i in range(entry.layers[0] - 1, first - 1, -1):
-        weights_i = _weights(decoder, i)
+        weights_i = decoder.family.unpacked(decoder.layer(i))
         weights, matches = align_layer(decoder, weights_i, weights, alignment)
         ratio = fusion_ratio(similarity, i, i + 1, ratio_beta)
         weights = merge_weights(weights_i, weights, ratio)
@@ -65,10 +65,6 @@ def average(
         entry = entry.joined(i, ratio, matches)
     known[key] = MadeLayer(weights, {}, entry)
     return known[key]
-
-
-def _weights(decoder: Decoder, index: int) -> dict[str, Tensor]:
-    return decoder.family.unpacked(decoder.layer(index).named_parameters())
 
 
 def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 1.0) -> float:

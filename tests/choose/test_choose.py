@@ -138,8 +138,7 @@ def roughly_fused(model: Any, groups: Groups, text: Sequence[torch.Tensor]) -> A
         dense, states = (m.model(ids, output_hidden_states=True).hidden_states for m in (model, copied.model))
         inputs = None if num_removed == 0 else [states[first - num_removed]]
         _, layer, _ = fitted(Decoder(model), range(first, last + 1), [dense[first]], rough=True, streams=inputs)
-        weights = copied.family.unpacked(layer.named_parameters())
-        copied.join((first - num_removed, last - num_removed), weights)
+        copied.join((first - num_removed, last - num_removed), copied.family.unpacked(layer))
         num_removed += last - first
     return copied.model
 

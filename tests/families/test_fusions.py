@@ -29,7 +29,7 @@ from lf_hf.measure.dense import measure
 from lf_hf.measure.generating import continue_prompts, generate
 from lf_hf.pipeline import fuse
 from lf_hf.refit.bottom_up import fit_groups
-from lf_hf.refit.layer_parts import build_layer, layer_weights
+from lf_hf.refit.layer_parts import build_layer
 from lf_hf.settings import FITTING, METHODS
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
@@ -68,7 +68,7 @@ def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(layout: 
     model = tiny_model(model_type, **overrides)
     decoder = Decoder(model)
     layer = decoder.layer(0)
-    weights, kind = layer_weights(decoder, layer), decoder.family.layer_kind(layer)
+    weights, kind = decoder.family.unpacked(layer), decoder.family.layer_kind(layer)
     shuffled = in_another_order(weights, decoder.config)
     [state] = decoder.embed([IDS])
     with torch.no_grad():  # the copy computes the same, which is what makes it one

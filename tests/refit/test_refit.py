@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.refit.bottom_up import fit_groups
-from lf_hf.refit.layer_parts import layer_weights
 from lf_hf.refit.regression import DualRegression, Regression, Solution
 from lf_hf.refit.states import keep
 from lf_hf.refit.traces import trace
@@ -295,7 +294,7 @@ def test_attention_that_writes_nothing_keeps_the_gain_of_its_norm(model_type: st
     decoder = Decoder(tiny_model(model_type))
     layer, name = decoder.model.model.layers[1], f"{decoder.family.attention.after}.weight"
     layer.self_attn.o_proj.weight.zero_()
-    gain = layer_weights(decoder, layer)[name]
+    gain = decoder.family.unpacked(layer)[name]
     fit, _, _ = fitted(decoder, (1,), [normal(1, 16, 32, seed=n) for n in range(3)])
     assert torch.equal(fit.weights[name], gain)
 
