@@ -5,8 +5,6 @@ A group is folded from its top: the last two layers become one, then that one an
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -71,7 +69,7 @@ def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 
     """Share alpha_i of layer i in its fusion with layer j; layer j's is 1 - alpha_i.
 
     alpha_i = sigmoid(beta * s_i / (s_i + s_j)), where s is a layer's mean similarity to all layers. For beta = 1 and
-    positive similarities the result lies in 0.5 to 0.74.
+    positive similarities the result lies in 0.5 to 0.74. Layers without any similarity count alike.
 
     Parameters
     ----------
@@ -80,15 +78,7 @@ def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 
         Layer numbers in the dense model.
     """
     s_i, s_j = similarity[i].mean(), similarity[j].mean()
-    raw = 0.5
-    if s_i + s_j == 0:
-        warnings.warn(
-            f"Layers {i} and {j} have no similarity to any layer, so their raw ratio is taken as one half.",
-            stacklevel=2,
-        )
-    else:
-        raw = s_i / (s_i + s_j)
-    return float(expit(beta * raw))
+    return float(expit(beta * (s_i / (s_i + s_j) if s_i + s_j else 0.5)))
 
 
 def merge_weights(weights_i: dict[str, Tensor], weights_j: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
