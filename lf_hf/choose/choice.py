@@ -57,9 +57,8 @@ def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Me
     boundaries = pairwise(run_boundaries(decoder, embedded))
     layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
     of_layers = influences([cosine_sums(before, after) for before, after in layers], decoder.processes)
-    kinds = decoder.family.config_kinds(decoder.config)
-    alike = kinds if config.averages else None
-    groups = least_influence_groups(of_layers, config.num_fusions, decoder.inner_layers, alike)
+    kinds = decoder.family.config_kinds(decoder.config) if config.averages else None
+    groups = least_influence_groups(of_layers, config.num_fusions, decoder.inner_layers, kinds)
     return Choice(groups, influences=of_layers)
 
 
@@ -76,10 +75,8 @@ def least_influence_groups(
     candidates.sort(key=lambda number: influences[number])
     groups: list[Group] = []
     for number in sorted(candidates[:num_fusions]):
-        if groups and groups[-1][1] == number - 1:
-            groups[-1] = (groups[-1][0], number)
-        else:
-            groups.append((number - 1, number))
+        first, _ = groups.pop() if groups and groups[-1][1] == number - 1 else (number - 1, number)
+        groups.append((first, number))
     return tuple(groups)
 
 
@@ -89,13 +86,11 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     Raises ValueError if no set has costs that are finite.
     """
     assert measured.text is not None
-    num_fitted = num_rough_tokens(decoder.config.intermediate_size)
-    text = split_text(measured.text, num_fitted)
-    count = num_trials(measured.text.source.tokens)
+    text = split_text(measured.text, num_rough_tokens(decoder.config.intermediate_size))
     known = measured.group_costs
     costs = GroupCosts(decoder, text, config.ridge)
     costs.by_group |= known
-    trials = try_sets(costs, config.num_fusions, count)
+    trials = try_sets(costs, config.num_fusions, num_trials(measured.text.source.tokens))
     of_layers = influences([cosine_sums(before, after) for before, after in pairwise(costs.boundaries)])
     # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
     known |= {(first, last): cost for (first, last), cost in costs.by_group.items() if last - first <= SHORT}
