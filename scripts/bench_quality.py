@@ -169,7 +169,7 @@ class Rivals:
             regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
         regression.complete()
         through = regression.ridge(torch.eye(hidden), _MAP_RIDGE).weight
-        regression.failures.check(regression.failures.codes().tolist())
+        regression.solver.check(regression.solver.codes().tolist())
         mapped = {}
         for name, part in layer.mlp.down_proj.named_parameters():  # it may have a bias
             mapped[f"mlp.down_proj.{name}"] = (through @ part.float()).to(part.dtype)

@@ -18,7 +18,7 @@ from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.pipeline import fuse
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer
-from lf_hf.refit.traces import Traces, trace
+from lf_hf.refit.traces import Traces, run_group, trace
 from lf_hf.report.data import CalibrationInfo, MadeLayer, RowMatch
 from lf_hf.stages.alignment import align_layer
 from lf_hf.stages.averaging import merge_weights
@@ -178,8 +178,9 @@ def fitted(
     `streams` are those in front of the fused layer, where they are others.
     """
     layers = list(decoder.layers(numbers))
-    traces = trace(decoder, layers, states, streams)
-    fit = fit_group(decoder, layers, traces, streams or states, ridge=ridge, rough=rough, first=numbers[0])
+    tokens = sum(state.shape[:2].numel() for state in states) if rough else None
+    traces = trace(decoder, layers, run_group(decoder, layers, states), streams, rough_tokens=tokens)
+    fit = fit_group(decoder, layers, traces, streams or states, ridge=ridge, first=numbers[0])
     return fit, build_layer(decoder, fit.weights, fit.kind), traces
 
 

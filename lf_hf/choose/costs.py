@@ -22,7 +22,7 @@ from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
 from lf_hf.refit.regression import FitOverflow
 from lf_hf.refit.states import States, keep, run_boundaries, run_states
-from lf_hf.refit.traces import gather
+from lf_hf.refit.traces import trace
 from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
 from lf_hf.runtime.launch import ALONE
 from lf_hf.runtime.progress import progress
@@ -122,6 +122,7 @@ class GroupCosts:
         self._fitting = slice(num_fitting)
         self._judging_groups = slice(num_fitting, num_fitting + num_judging)
         self._judging_sets = slice(num_fitting, None)
+        self._rough_tokens = sum(map(len, text.fitting))
         self._ridge = ridge
         self._fronts: dict[Groups, _Front] = {}  # above the groups that measured sets begin with
         self._judged_tokens = slice(1, None, judged_stride(decoder.config.vocab_size))
@@ -221,10 +222,8 @@ class GroupCosts:
         streams = zip(*boundaries, strict=True)
         mid_states = zip(*(between for _, between in group), strict=True)
         passes = zip(streams, mid_states, strict=True)
-        tokens = sum(state.shape[:2].numel() for state in boundaries[0])
-        traces = gather(self.decoder, layers, passes, fitted or None, rough_tokens=tokens)
-        states = fitted or boundaries[0]
-        fit = fit_group(self.decoder, layers, traces, states, ridge=self._ridge, rough=True)
+        traces = trace(self.decoder, layers, passes, fitted or None, rough_tokens=self._rough_tokens)
+        fit = fit_group(self.decoder, layers, traces, fitted or boundaries[0], ridge=self._ridge)
         return build_layer(self.decoder, fit.weights, fit.kind)
 
     def _dense(self, boundary: int, batches: slice) -> States:

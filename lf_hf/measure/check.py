@@ -24,7 +24,7 @@ from lf_hf.families.models import (
 from lf_hf.families.table import head_dim
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer
-from lf_hf.refit.traces import trace
+from lf_hf.refit.traces import run_group, trace
 from lf_hf.runtime.numerics import is_finite
 
 logger = logging.get_logger(__name__)
@@ -111,7 +111,7 @@ def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:
         if unknown := decoder.family.unpacked(layer).keys() - decoder.family.parameter_names:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)
         before = [states.clone()]
-        traces = trace(decoder, [layer], [states], before)
+        traces = trace(decoder, [layer], run_group(decoder, [layer], [states]), before)
         fit = fit_group(decoder, [layer], traces, before, ridge=1.0)
         expected = decoder.run_layer(layer, states)
         yield "a layer", traces.output[0], expected

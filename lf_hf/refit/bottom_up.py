@@ -18,7 +18,7 @@ from lf_hf.refit.fit import fit_group
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import States, keep, run_states
-from lf_hf.refit.traces import trace
+from lf_hf.refit.traces import run_group, trace
 from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import in_float64, to_device, to_host
@@ -43,12 +43,9 @@ def fit_groups(
         Calibration text, and text that nothing is fitted to; there may be none of the latter.
     ridge : float
     """
-    share = dense.processes.shard(sequences)
-    batch_numbers = dense.batch_indices(share)
-    batches = [torch.stack([share[number] for number in numbers]) for numbers in batch_numbers]
     judge = _HeldOutText(dense, held_out)
-    steps = training_steps(dense, sequences, batch_numbers) if held_out else None
-    dense_states: States = keep(dense, dense.embed(batches))
+    steps = training_steps(dense, sequences) if held_out else None
+    dense_states = keep(dense, dense.embed(dense.make_batches(dense.processes.shard(sequences))))
     states: States | None = None  # of the fused model; None as long as no layer below is fused
     up_to = groups[-1][1] + 1  # nothing is fitted above the last group
     dense_layers = dense.layers(range(up_to))
@@ -65,7 +62,7 @@ def fit_groups(
             judge.run(layer)
             continue
         missed_by_layer = [judge.missed(layer) for layer in layers]
-        traces = trace(dense, layers, dense_states, states)
+        traces = trace(dense, layers, run_group(dense, layers, dense_states), states)
         before = dense_states if states is None else states
         dense_states = traces.output
         fit = fit_group(dense, layers, traces, before, ridge=ridge, first=first)

@@ -38,7 +38,7 @@ from lf_hf.refit.layer_parts import (
     stacked_writers,
     with_one_norm,
 )
-from lf_hf.refit.regression import Failures, FitOverflow, expanded
+from lf_hf.refit.regression import FitOverflow, Solver, expanded
 from lf_hf.refit.states import States, keep
 from lf_hf.refit.traces import Traces
 from lf_hf.report.data import FusedLayer, MadeLayer
@@ -54,7 +54,6 @@ def fit_group(
     states: States,
     *,
     ridge: float,
-    rough: bool = False,
     first: int = 0,
 ) -> MadeLayer:
     """Fit one layer to do to `states` what a group of layers did to theirs.
@@ -65,13 +64,12 @@ def fit_group(
     layers : list of DecoderLayer
         The group. The list is emptied, so that layers which nobody else holds are freed.
     traces : Traces
-        Of calibration text that passed the group; its lists are emptied as they are used.
+        Of calibration text that passed the group; its lists are emptied as they are used. A rough fit keeps the largest
+        channels, chooses key-value groups in one round, and fits once in front of norms: many times faster, and good
+        enough to compare groups.
     states : sequence of tensors of shape (sequences B, tokens T, hidden)
         The same text in front of the layer that is made.
     ridge : float
-    rough : bool
-        Keep the largest channels, choose key-value groups in one round, and fit once in front of norms: many times
-        faster, and good enough to compare groups.
     first : int
         Number of the group's first layer, for the report.
 
@@ -91,27 +89,27 @@ def fit_group(
         weights = family.unpacked(layers.pop(0))
         group.append({name: weight.to(device) for name, weight in weights.items()})
 
-    attention = HalfFit(decoder, family.mixer(kinds[0]), states, traces.attended, traces.failures, ridge, rough)
+    attention = HalfFit(decoder, family.mixer(kinds[0]), states, traces.attended, traces.solver, ridge)
     kind, attended = fit_attention(attention, group, traces.attention_maps, kinds)
     fused = build_layer(decoder, attended.weights, kind)
     mid_states = keep(decoder, (mid_state(decoder, fused, state) for state in states))
     del fused
-    mlp = HalfFit(decoder, family.mlp, mid_states, traces.output, traces.failures, ridge, rough)
+    mlp = HalfFit(decoder, family.mlp, mid_states, traces.output, traces.solver, ridge)
     gated = fit_mlp(mlp, group, traces.mid_states)
 
     fitted = attended.weights | gated.weights
     for name, weight in fitted.items():
         fitted[name] = weight.contiguous()
         decoder.processes.broadcast(fitted[name])
-    return MadeLayer(fitted, kind, _read_entry(attended, gated, fitted, traces.failures, first))
+    return MadeLayer(fitted, kind, _read_entry(attended, gated, fitted, traces.solver, first))
 
 
-def _read_entry(attended: FittedHalf, gated: FittedHalf, fitted: Weights, failures: Failures, first: int) -> FusedLayer:
+def _read_entry(attended: FittedHalf, gated: FittedHalf, fitted: Weights, solver: Solver, first: int) -> FusedLayer:
     """The report's entry of a fit, or its error, for which the host waits once; `first` is as for `fit_group`."""
     errors = torch.stack([gated.error_before, gated.error_after, attended.error_after])
     finite = torch.stack([is_finite(weight) for weight in fitted.values()])
-    errors, heads, channels, finite, codes = to_host(errors, attended.kept, gated.kept, finite, failures.codes())
-    failures.check(codes.tolist())
+    errors, heads, channels, finite, codes = to_host(errors, attended.kept, gated.kept, finite, solver.codes())
+    solver.check(codes.tolist())
     for (name, weight), holds in zip(fitted.items(), finite.tolist(), strict=True):
         if not holds:
             raise FitOverflow(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
@@ -181,7 +179,7 @@ def _select_heads(
     parts = [fit.writer_inputs(weights, kind) for weights, kind in zip(layers, kinds, strict=True)]
     problem = fit.build_problem(wide, lambda state: torch.cat([part(state) for part in parts], dim=1))
     block = query_rows // keep
-    rounds = 1 if fit.rough else (count - 1) * keep
+    rounds = 1 if fit.solver.rough_tokens else (count - 1) * keep
     kept = problem.prune(wide["self_attn.o_proj.weight"], keep, block=block, rounds=rounds)
     rows = {"q_proj": expanded(kept, block), "k_proj": expanded(kept, key_rows // keep)}
     weights = selected(half, wide, rows["q_proj"], rows["k_proj"], rows["k_proj"])
@@ -207,13 +205,13 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
     maps = []
     while read:
         like = group[0]["mlp.down_proj.weight"]
-        problem = empty_problem(fit.decoder, shape, like, fit.failures, fit.rough_tokens)
+        problem = empty_problem(fit.decoder, shape, like, fit.solver)
         for state, target in zip(fit.states, read.pop(0), strict=True):
             add_to_map(problem, fit.decoder, half, state, target)
         maps.append(solve_map(problem, fit.ridge).to(like.device))
         del problem, like
     sizes = fit.measure_sizes(map(partial(folded, half), group, maps), [None] * count)
-    limit = keep if fit.rough else num_candidates(count * keep, keep)
+    limit = keep if fit.solver.rough_tokens else num_candidates(count * keep, keep)
     channels = torch.arange(count * keep, device=maps[0].device)
     if limit < len(channels):
         channels = _largest(fit, group, sizes, maps, limit)

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import Half, Kind, Weights
 from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized
-from lf_hf.refit.regression import DualRegression, Failures, Regression
+from lf_hf.refit.regression import DualRegression, Regression, Solver
 from lf_hf.runtime.amounts import solved_in_tokens
 from lf_hf.runtime.numerics import in_float64
 
@@ -28,17 +28,15 @@ WriterInputs = Callable[[Tensor], Tensor]
 Problem = Regression | DualRegression
 
 
-def empty_problem(
-    decoder: Decoder, shape: tuple[int, ...], like: Tensor, failures: Failures, rough_tokens: int | None
-) -> Problem:
+def empty_problem(decoder: Decoder, shape: tuple[int, ...], like: Tensor, solver: Solver) -> Problem:
     """A problem of a weight's shape to add tokens to, on the device and in the dtype of `like`.
 
-    A rough fit has `rough_tokens`, which each process has all of, and is solved in them where there are many unknowns.
+    A rough fit is solved in its tokens where there are many unknowns.
     """
     outputs, inputs = shape
-    if rough_tokens is not None and solved_in_tokens(rough_tokens, inputs):
-        return DualRegression(like.device, like.dtype, failures)
-    return Regression(inputs, outputs, like.device, like.dtype, decoder.processes, failures)
+    if solver.rough_tokens is not None and solved_in_tokens(solver.rough_tokens, inputs):
+        return DualRegression(like.device, like.dtype, solver)
+    return Regression(inputs, outputs, like.device, like.dtype, decoder.processes, solver)
 
 
 def add_to_map(problem: Problem, decoder: Decoder, half: Half, state: Tensor, target: Tensor) -> None:
@@ -92,7 +90,7 @@ class HalfFit:
         The stream in front of the half that is made.
     targets
         The stream as it should be after the half.
-    failures
+    solver
         Of all problems of the group's fit.
     """
 
@@ -100,14 +98,8 @@ class HalfFit:
     half: Half
     states: Sequence[Tensor]
     targets: Sequence[Tensor]
-    failures: Failures
+    solver: Solver
     ridge: float
-    rough: bool = False
-
-    @property
-    def rough_tokens(self) -> int | None:
-        """How many tokens a rough fit has."""
-        return sum(state.shape[:2].numel() for state in self.states) if self.rough else None
 
     def writer_inputs(self, weights: Weights, kind: Kind | None) -> WriterInputs:
         """What the writer reads in a half of these weights; `kind` is the layer's for attention, and None for an
@@ -140,7 +132,7 @@ class HalfFit:
     def build_problem(self, weights: Weights, x_of: WriterInputs) -> Problem:
         """The least-squares problem of the half's writer, which is in `weights` as it is."""
         start = weights[f"{self.half.writer}.weight"]
-        problem = empty_problem(self.decoder, start.shape, start, self.failures, self.rough_tokens)
+        problem = empty_problem(self.decoder, start.shape, start, self.solver)
         for state, target in zip(self.states, self.targets, strict=True):
             problem.add(*self.equations(weights, x_of(state), target, state))
         problem.complete()
@@ -177,7 +169,7 @@ class HalfFit:
         weights[name] = fitted.to(weights[name])
         if self.half.after:
             x_of = self.writer_inputs(weights, kind)
-            if not self.rough:  # again, as sizes in front of the norm are known better now
+            if not self.solver.rough_tokens:  # again, as sizes in front of the norm are known better now
                 fitted = self.build_problem(weights, x_of).ridge(weights[name], self.ridge).weight
                 weights[name] = fitted.to(weights[name])
             weights[f"{self.half.after}.weight"] = self._fitted_gain(weights, x_of)

@@ -1,7 +1,7 @@
 """Least squares of fits, by sums over tokens or, where there are few, by the tokens themselves.
 
 Matrices are gigabytes each where models are wide, so operations run in place. The host waits for none of them: errors
-stay on the device, and so do `Failures`, until a whole fit is read.
+stay on the device, and so does what a `Solver` keeps, until a whole fit is read.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ class FitOverflow(ValueError):
     """A weight that is fitted, or what it is fitted to, is beyond its dtype."""
 
 
-class Failures:
-    """What went wrong in the problems of a fit, on their device: 0 for each matrix that could be factored.
+class Solver:
+    """What factors the matrices of all problems of a fit, and keeps what went wrong: 0 for each that could be factored.
 
-    What follows from one that could not is of no use, so `check` must be called before any result is used.
+    What follows from one that could not is of no use, so `check` must be called before any result is used. A rough fit
+    has `rough_tokens`, which each process has all of; they are None for any other fit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rough_tokens: int | None = None) -> None:
+        self.rough_tokens = rough_tokens
         self._codes: list[Tensor] = []
 
     def cholesky(self, matrix: Tensor) -> Tensor:
@@ -86,12 +88,12 @@ class LeastSquares:
     device : torch.device
     dtype : torch.dtype
         In which x and y are computed. Sums are of bfloat16 products where this is bfloat16.
-    failures : Failures, optional
-        Those of the fit that the problem is a part of.
+    solver : Solver, optional
+        That of the fit which the problem is a part of.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, failures: Failures | None) -> None:
-        self.failures = failures or Failures()
+    def __init__(self, device: torch.device, dtype: torch.dtype, solver: Solver | None) -> None:
+        self.solver = solver or Solver()
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.dtype = torch.promote_types(dtype, torch.float32)
         self.is_bfloat16 = dtype == torch.bfloat16
@@ -116,7 +118,7 @@ class Regression(LeastSquares):
     ----------
     inputs, outputs : int
         How many numbers x and y have.
-    device, dtype, failures
+    device, dtype, solver
         As in `LeastSquares`.
     processes : Processes
         Those that each add a share of the tokens, and then solve the same problem.
@@ -138,9 +140,9 @@ class Regression(LeastSquares):
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         processes: Processes = ALONE,
-        failures: Failures | None = None,
+        solver: Solver | None = None,
     ) -> None:
-        super().__init__(device, dtype, failures)
+        super().__init__(device, dtype, solver)
         self.gram = torch.zeros(inputs, inputs, dtype=self.dtype, device=self.device)
         self.cross = torch.zeros(outputs, inputs, dtype=self.dtype, device=self.device)
         self.energy = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -213,14 +215,14 @@ class Regression(LeastSquares):
         del factor, target
         for size in _sizes(total, keep, rounds):
             inner = inverse.unflatten(0, (-1, block)).unflatten(2, (-1, block)).diagonal(dim1=0, dim2=2)
-            worth = saliency(inner.movedim(2, 0).clone(), weight, self.failures)
+            worth = saliency(inner.movedim(2, 0).clone(), weight, self.solver)
             dropped = worth.argsort(descending=True)[size:].sort().values
             # Those that are left among the last take the places of those that are dropped: few are moved.
             last = torch.arange(size, len(blocks), device=blocks.device)
             last = last[torch.isin(last, dropped).argsort(stable=True)]
             if size > keep:
                 members = expanded(dropped, block), expanded(last, block)
-                inverse, weight = eliminate(inverse, weight, *members, self.failures)
+                inverse, weight = eliminate(inverse, weight, *members, self.solver)
             blocks[dropped] = blocks[last]
             blocks = blocks[:size]
         del inverse, weight
@@ -233,7 +235,7 @@ class Regression(LeastSquares):
 
     def _factor(self, pull: Tensor) -> Tensor:
         dtype = torch.float64 if len(self.gram) <= EXACT_LIMIT else torch.float32
-        return self.failures.ridge_cholesky(self.gram, pull, dtype)
+        return self.solver.ridge_cholesky(self.gram, pull, dtype)
 
 
 class DualRegression(LeastSquares):
@@ -244,10 +246,8 @@ class DualRegression(LeastSquares):
     is (I - X^T K^-1 X) / pull. Systems are solved in float64. Methods are those of `Regression`.
     """
 
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype = torch.float32, failures: Failures | None = None
-    ) -> None:
-        super().__init__(device, dtype, failures)
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32, solver: Solver | None = None) -> None:
+        super().__init__(device, dtype, solver)
         self._own = torch.bfloat16 if self.is_bfloat16 else self.dtype
         self._parts: list[tuple[Tensor, Tensor]] = []
 
@@ -283,7 +283,7 @@ class DualRegression(LeastSquares):
                 root = torch.linalg.solve_triangular(factor, x.double(), upper=False)
                 root = root.unflatten(1, (-1, block)).movedim(1, 0)  # (blocks, T, block)
                 inner = (identity - root.mT @ root).div_(pull)
-                worth.append(saliency(inner, columns.T.double(), self.failures))
+                worth.append(saliency(inner, columns.T.double(), self.solver))
             chosen = torch.cat(worth).argsort(descending=True)[:size].sort().values
             index = expanded(chosen, block)
             blocks, start, self._x = blocks[chosen], start[:, index], self._x[:, index]
@@ -299,7 +299,7 @@ class DualRegression(LeastSquares):
         with bfloat16_products(self.is_bfloat16):
             add_gram(kernel, x.T)
         missed = self._y.T if start is None else self._y.T - start.to(self._own) @ self._x.T
-        factor = self.failures.ridge_cholesky(kernel, pull, torch.float64)
+        factor = self.solver.ridge_cholesky(kernel, pull, torch.float64)
         left = solve(factor, missed.to(factor.dtype, copy=True).T).T
         return factor, missed, left.mul_(pull).to(missed.dtype)
 
@@ -335,19 +335,17 @@ def solve(factor: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor.mT, right, upper=True, out=right)
 
 
-def saliency(inner: Tensor, weight: Tensor, failures: Failures) -> Tensor:
+def saliency(inner: Tensor, weight: Tensor, solver: Solver) -> Tensor:
     """What each block of inputs is worth, from the blocks (blocks, block, block) on the diagonal of the inverse, which
     are overwritten, and the solution W^T (m, d); shape (blocks,)."""
     block = inner.shape[1]
     if block == 1:
         return torch.linalg.vector_norm(weight, dim=1).square() / inner[:, 0, 0]
     parts = weight.unflatten(0, (-1, block))  # (blocks, block, d)
-    return torch.linalg.solve_triangular(failures.cholesky(inner), parts, upper=False).square_().sum((1, 2))
+    return torch.linalg.solve_triangular(solver.cholesky(inner), parts, upper=False).square_().sum((1, 2))
 
 
-def eliminate(
-    inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor, failures: Failures
-) -> tuple[Tensor, Tensor]:
+def eliminate(inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
     """Inverse (m, m) and solution W^T (m, d) of a least-squares problem without some inputs, in the memory they have.
 
     With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T. The last inputs
@@ -355,7 +353,7 @@ def eliminate(
     """
     size = len(inverse) - len(dropped)
     rows = inverse[dropped]
-    root = failures.cholesky(rows[:, dropped])
+    root = solver.cholesky(rows[:, dropped])
     shared = torch.linalg.solve_triangular(root, rows, upper=False)  # (dropped, m)
     written = torch.linalg.solve_triangular(root, weight[dropped], upper=False)  # (dropped, d)
     for part in (inverse, inverse.T, shared.T, weight):

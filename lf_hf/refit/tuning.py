@@ -97,16 +97,13 @@ class Steps(NamedTuple):
     per_pass: float
 
 
-def training_steps(decoder: Decoder, sequences: Sequence[Tensor], batch_numbers: Sequence[Sequence[int]]) -> Steps:
-    """The steps of some passes over sequences, (tokens T,) each: all processes together take the same as one alone.
-
-    `batch_numbers` are the numbers of this process's sequences in each of the batches that the states were made in: a
-    second call of `Decoder.batch_indices` may return others, because the free memory has changed.
-    """
+def training_steps(decoder: Decoder, sequences: Sequence[Tensor]) -> Steps:
+    """The steps of some passes over sequences, (tokens T,) each: all processes together take the same as one alone."""
     passes = num_passes(sum(map(len, sequences)))
     mine = decoder.processes.shard(range(len(sequences)))
+    batches = decoder.batch_indices(decoder.processes.shard(sequences))
     places: dict[int, Row] = {
-        mine[place]: (batch, row) for batch, numbers in enumerate(batch_numbers) for row, place in enumerate(numbers)
+        mine[place]: (batch, row) for batch, numbers in enumerate(batches) for row, place in enumerate(numbers)
     }
     steps: list[dict[int, list[Row]]] = [{}]
     tokens = 0

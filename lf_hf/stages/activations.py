@@ -71,9 +71,8 @@ def sample_distances(decoder: Decoder, samples: Sequence[Tensor]) -> tuple[NDArr
         If a layer's output contains NaN or inf; the layer is named.
     """
     distances, sums_of_layers = [], []
-    numbers = decoder.batch_indices(samples)
-    batches = [torch.stack([samples[number] for number in batch_numbers]) for batch_numbers in numbers]
-    order = np.argsort(np.concatenate(numbers))  # of the samples, in the batches
+    batches = decoder.make_batches(samples)
+    order = np.argsort(np.concatenate(decoder.batch_indices(samples)))  # of the samples, in the batches
     before = decoder.embed(batches)
     layers = progress(decoder.walk(batches), total=decoder.num_layers, desc="Calibration", unit="layer")
     finite = list[bool]()

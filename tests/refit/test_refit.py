@@ -21,7 +21,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.regression import DualRegression, Regression, Solution
 from lf_hf.refit.states import keep
-from lf_hf.refit.traces import trace
+from lf_hf.refit.traces import run_group, trace
 from lf_hf.refit.tuning import training_steps, tune
 
 Problem = tuple[Tensor, Tensor, Tensor]
@@ -99,7 +99,7 @@ def test_degenerate_fits_are_finite_or_one_error(kind: str, strength: float, dua
     made = regression(x, y, weights, dual=dual)
     try:
         fitted, before, after = made.ridge(torch.zeros(3, 8), strength)
-        made.failures.check(made.failures.codes().tolist())
+        made.solver.check(made.solver.codes().tolist())
     except ValueError as error:
         message = str(error)
         assert strength < 1e-6 and "is not stable; give more text, or raise ridge" in message
@@ -328,7 +328,7 @@ def test_a_fit_is_nearer_to_its_group_than_its_layers_on_unseen_text_and_trainin
     decoder, layers = Decoder(model), model.model.layers[1:3]
     text, unseen_text = MANY_SEQUENCES[:150], MANY_SEQUENCES[150:]
     states, unseen = (decoder.embed(decoder.make_batches(sequences)) for sequences in (text, unseen_text))
-    wanted = trace(decoder, layers, unseen, None).output
+    wanted = trace(decoder, layers, run_group(decoder, layers, unseen), None).output
     fit, fused, traces = fitted(decoder, (1, 2), states)
     entry: Any = fit.entry
     assert entry.layers == [1, 2] and sum(entry.channels_kept) == 48 and entry.error_after < entry.error_before
@@ -340,7 +340,7 @@ def test_a_fit_is_nearer_to_its_group_than_its_layers_on_unseen_text_and_trainin
     _, rough, _ = fitted(decoder, (1, 2), states, rough=True)
     untrained = missed(fused)
     assert max(untrained, missed(rough)) < min(map(missed, layers))
-    tuned = tune(decoder, fused, states, traces.output, training_steps(decoder, text, decoder.batch_indices(text)))
+    tuned = tune(decoder, fused, states, traces.output, training_steps(decoder, text))
     fused.load_state_dict(tuned)
     assert missed(fused) < 0.98 * untrained
     assert {weight.dtype for weight in tuned.values()} == {dtype}
