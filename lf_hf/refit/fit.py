@@ -131,10 +131,6 @@ def fit_attention(
 ) -> tuple[Kind, FittedHalf]:
     """The attention of a group's layers as one, with the first layer's MLP; and the kind of the layer that it makes.
 
-    Heads of layers of different kinds cannot be side by side. Where a norm is over all heads of a layer, they depend on
-    each other; and where it comes behind rotary embeddings, its gains cannot move into heads' rows. Then all attention
-    of one layer is kept. So is a hybrid's, or what is in its place.
-
     `maps` are the problems of maps from what the fused layer's attention reads to what each layer's reads, None for the
     identity; the list is emptied.
     """
@@ -145,16 +141,13 @@ def fit_attention(
         input_map = None if problem is None else solve_map(problem, fit.ridge)
         del problem
         layers.append(folded(family.mixer(kind), weights, input_map))
-    if family.linear:
-        return _keep_one_mixer(fit, layers, kinds)
-    whole = family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds)
-    return _select_heads(fit, layers, kinds, whole=whole)
+    return _keep_one_mixer(fit, layers, kinds) if family.linear else _select_heads(fit, layers, kinds)
 
 
 def _keep_one_mixer(
     fit: HalfFit, layers: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]
 ) -> tuple[Kind, FittedHalf]:
-    """All that one layer has before its MLP: each layer's is fitted by itself, and the best fit is taken."""
+    """All that one layer of a hybrid has before its MLP: each is fitted by itself, and the best fit is taken."""
     family, fitted = fit.decoder.family, []
     for number, (weights, kind) in enumerate(zip(layers, kinds, strict=True)):
         alone = replace(fit, half=family.mixer(kind))
@@ -167,11 +160,15 @@ def _keep_one_mixer(
     return kinds[number], fitted[number]
 
 
-def _select_heads(
-    fit: HalfFit, layers: Sequence[dict[str, Tensor]], kinds: Sequence[Kind], *, whole: bool
-) -> tuple[Kind, FittedHalf]:
-    """The best key-value groups, each with its query heads, of all layers; those of one layer where `whole`."""
+def _select_heads(fit: HalfFit, layers: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]) -> tuple[Kind, FittedHalf]:
+    """The best key-value groups, each with its query heads, of all layers; or all those of one layer.
+
+    Heads of layers of different kinds cannot be side by side. Where a norm is over all heads of a layer, they depend on
+    each other; and where it comes behind rotary embeddings, its gains cannot move into heads' rows. Then all attention
+    of one layer is kept.
+    """
     half, count, family = fit.half, len(layers), fit.decoder.family
+    whole = family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds)
     query_rows, key_rows = (len(layers[0][f"self_attn.{name}.weight"]) for name in ("q_proj", "k_proj"))
     num_groups = key_rows // head_dim(fit.decoder.config)
     keep = 1 if whole else num_groups
