@@ -168,9 +168,7 @@ class GroupCosts:
                 dense = self._dense(number, self._fitting)
                 traced[number] = layer, keep(self.decoder, (mid_state(self.decoder, layer, state) for state in dense))
             for groups, front in list(fronts.items()):
-                ends = dict(groups)
-                next_stop = ends.get(front.layer, front.layer)
-                if number < next_stop:
+                if number < dict(groups).get(front.layer, front.layer):
                     continue
                 try:
                     fronts[groups] = self._pass(groups, front, number, layer, traced, text)
@@ -218,12 +216,12 @@ class GroupCosts:
     def _fuse(self, first: int, group: Sequence[_Traced], fitted: States) -> DecoderLayer:
         """The layer that a group becomes by a rough fit, on states in front of it unless they are the dense model's."""
         layers = [layer for layer, _ in group]
-        boundaries = [self._dense(number, self._fitting) for number in range(first, first + len(group) + 1)]
-        streams = zip(*boundaries, strict=True)
-        mid_states = zip(*(between for _, between in group), strict=True)
-        passes = zip(streams, mid_states, strict=True)
+        stream = [self._dense(first, self._fitting)]
+        for number, (_, mid_states) in enumerate(group, first + 1):
+            stream += [mid_states, self._dense(number, self._fitting)]
+        passes = zip(*stream, strict=True)
         traces = trace(self.decoder, layers, passes, fitted or None, rough_tokens=self._rough_tokens)
-        fit = fit_group(self.decoder, layers, traces, fitted or boundaries[0], ridge=self._ridge)
+        fit = fit_group(self.decoder, layers, traces, fitted or stream[0], ridge=self._ridge)
         return build_layer(self.decoder, fit.weights, fit.kind)
 
     def _dense(self, boundary: int, batches: slice) -> States:

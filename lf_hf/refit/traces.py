@@ -15,9 +15,9 @@ from lf_hf.refit.layer_parts import after_half, mid_state
 from lf_hf.refit.regression import Solver
 from lf_hf.refit.states import States, new_list
 
-Pass = tuple[Sequence[Tensor], Sequence[Tensor]]
-"""A batch's states in front of each layer of a group and after the last one, and between the halves of each layer; all
-of shape (sequences B, tokens T, hidden)."""
+Pass = Sequence[Tensor]
+"""A batch's states in front of a group of layers and after each half of each layer, in order: (sequences B, tokens T,
+hidden) each."""
 
 
 class Traces(NamedTuple):
@@ -33,11 +33,11 @@ class Traces(NamedTuple):
 def run_group(decoder: Decoder, layers: Sequence[DecoderLayer], states: States) -> Iterator[Pass]:
     """Run the layers of a group one after the other, with all states on the first layer's device."""
     for state in states:
-        stream, mid_states = [state.to(layers[0].mlp.down_proj.weight.device)], []
+        stream = [state.to(layers[0].mlp.down_proj.weight.device)]
         for layer in layers:
-            mid_states.append(mid_state(decoder, layer, stream[-1]))
-            stream.append(after_half(decoder, decoder.family.mlp, layer, mid_states[-1]))
-        yield stream, mid_states
+            stream.append(mid_state(decoder, layer, stream[-1]))
+            stream.append(after_half(decoder, decoder.family.mlp, layer, stream[-1]))
+        yield stream
 
 
 @torch.no_grad()
@@ -62,15 +62,15 @@ def trace(
     maps += [empty_problem(decoder, shape, like, solver) for _ in layers[len(maps) :]]
     attended, output = new_list(decoder), new_list(decoder)
     mid_states = [new_list(decoder) for _ in layers]
-    for number, (stream, between) in enumerate(passes):
-        start, *_, end = stream = [state.to(like.device) for state in stream]
-        between = [state.to(like.device) for state in between]
-        state = start if states is None else states[number].to(like.device)
-        for problem, half, read in zip(maps, halves, stream, strict=False):
+    for number, of_batch in enumerate(passes):
+        stream = [state.to(like.device) for state in of_batch]
+        before, between = stream[:-1:2], stream[1::2]
+        state = stream[0] if states is None else states[number].to(like.device)
+        for problem, half, read in zip(maps, halves, before, strict=True):
             if problem is not None:
                 add_to_map(problem, decoder, half, state, read)
-        attended.append(start + sum(mid - before for mid, before in zip(between, stream, strict=False)))
+        attended.append(stream[0] + sum(mid - start for start, mid in zip(before, between, strict=True)))
         for kept, mid in zip(mid_states, between, strict=True):
             kept.append(mid)
-        output.append(end)
+        output.append(stream[-1])
     return Traces(maps, attended, [*mid_states], output, solver)
