@@ -255,6 +255,7 @@ def fuse(
         fuse_copy = partial(fuse_layers, clock=clock)
         fused, (choice, layers), budget, measured = search_budget(decoder, config, measured, fuse_copy)
         decoder.become(fused, choice.groups)
+        del fused  # else its layers are there twice while the result is judged
     else:
         choice, layers = fuse_layers(decoder, config, measured, clock=clock)
     with clock("perplexity"):
