@@ -42,9 +42,8 @@ _NOT_FUSED = (
 _HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters.keys()
 _PLACING = ("device_map", "max_memory", "offload_folder")  # HFLM works these out by itself
 _ABOUT_LOADING = {"dtype", "gguf_file", "revision", "subfolder", "trust_remote_code"}
-_BESIDE = ("calibration", "fused_dir")  # arguments of fusing that are no settings
 # What a misspelt argument may mean; from_pretrained takes more.
-_KNOWN = (*FusionConfig.known, *_BESIDE, "attn_implementation", *_HFLM_ARGUMENTS)
+_KNOWN = (*FusionConfig.known, "calibration", "fused_dir", "attn_implementation", *_HFLM_ARGUMENTS)
 # What results hold of the report, besides sizes and pairs.
 _REPORTED = (
     *("config", "revision", "calibration", "budget", "healed", "perplexities", "speed", "notes"),
@@ -59,7 +58,15 @@ class FusedLM(HFLM):
     All else, from batching to data-parallel runs, is HFLM's.
     """
 
-    def __init__(self, pretrained: str | os.PathLike[str] | PreTrainedModel | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | PreTrainedModel | None = None,
+        *,
+        num_fusions: int | str | None = None,
+        calibration: str | None = None,
+        fused_dir: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Initialize a FusedLM instance.
 
         Args:
@@ -93,8 +100,9 @@ class FusedLM(HFLM):
             if kwargs.get("max_cpu_memory") is None:
                 eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
                 kwargs["parallelize"] = False  # HFLM would put all layers on disk
-        names = (*_BESIDE, *FusionConfig.known)
-        fusing = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
+        fusing = {"num_fusions": num_fusions, "calibration": calibration, "fused_dir": fused_dir}
+        fusing = {name: value for name, value in fusing.items() if value is not None}
+        fusing |= {name: kwargs.pop(name) for name in FusionConfig.known if name in kwargs}
         self.fusion_config: FusionConfig | None = None
         if any(level in fusing for level in LEVELS):
             self._prepare_fusion(pretrained, fusing, kwargs)
@@ -113,7 +121,7 @@ class FusedLM(HFLM):
 
     def _prepare_fusion(self, base: Any, fusing: dict[str, Any], arguments: dict[str, Any]) -> None:
         """Check the settings and open the base."""
-        self._fusing = {name: fusing.pop(name) for name in _BESIDE if name in fusing}
+        self._fusing = {name: fusing.pop(name) for name in ("calibration", "fused_dir") if name in fusing}
         self.fusion_config = FusionConfig.taken_from(fusing | arguments, None)
         for name in _NOT_WHILE_FUSING:
             if arguments.get(name):
