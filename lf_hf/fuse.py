@@ -112,11 +112,12 @@ def from_pretrained_fused(
     ValueError
         Before any long work, for settings, a base or calibration text that cannot be used.
     """
+    folder = None if fused_dir is None else checked_folder(fused_dir)
     inputs = FusionInputs.open(base, config, calibration, tokenizer, kwargs, model_class=model_class)
     if model_class is None and inputs.base.config.model_type == LlamaConfig.model_type:
         inputs = dataclasses.replace(inputs, model_class=FusedLlamaForCausalLM)
-    if fused_dir is not None:
-        return _kept_in(checked_folder(fused_dir), inputs)
+    if folder is not None:
+        return _kept_in(folder, inputs)
     from lf_hf import pipeline  # imports scipy, which loading does not need
 
     return pipeline.run(inputs)

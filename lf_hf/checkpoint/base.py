@@ -146,7 +146,8 @@ class Base:
             folder = local_folder(self.name, self.hub | {"local_files_only": True}, [self._weights])
             if self._weights == _SAFETENSORS:
                 return weight_files(folder, self.loading.get("variant"))
-            return sorted(folder.glob(self._weights))
+            named = folder / (self.loading.get("gguf_file") or self._weights)
+            return [named] if named.is_file() else sorted(folder.glob(self._weights))
         except (ValueError, OSError):
             if os.path.isdir(self.name):
                 raise

@@ -95,12 +95,12 @@ def _commands(report: FusionReport) -> str:
 
 
 def _command(words: list[str], options: Mapping[str, Any]) -> str:
-    """A command with these options, but for those that are None."""
+    """A command with these options, but for those that are None or empty."""
     for name, value in options.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
-        elif value is not None:
+        elif value not in (None, ""):
             words += [f"--{option}", str(value)]
     return " ".join(shlex.join(words).split())
 

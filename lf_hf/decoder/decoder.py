@@ -334,6 +334,8 @@ class Decoder:
         window = self.family.layer_window(self.config, layer)
         if window is not None and window >= end:
             window = None
+        if num_tokens == 1 and window is None and is_text is None:
+            return None
         seen = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
         mask: Any = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         return mask(

@@ -75,7 +75,7 @@ def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int
     try:
         named: Any = dict(part.strip().split("=") for part in given.split(",")) if isinstance(given, str) else given
         sizes = {place_name(key, card.type): convert_file_size_to_int(size) for key, size in named.items()}
-    except (RuntimeError, ValueError, TypeError):
+    except (RuntimeError, ValueError, TypeError, OverflowError):
         raise ValueError(
             f"max_memory must be places and sizes, such as cuda:0=20GiB,cpu=30GiB; got {given!r:.80}."
         ) from None
