@@ -318,7 +318,14 @@ def make_layers(dense: Decoder, groups: Groups, config: FusionConfig, measured: 
     elif config.averages:
         assert measured.similarity is not None
         for group in progress(groups, desc="Fusing", unit="group"):
-            yield average(dense, group, measured.similarity.matrix, config, measured.averages)
+            yield average(
+                dense,
+                group,
+                measured.similarity.matrix,
+                alignment=config.alignment,
+                ratio_beta=config.ratio_beta,
+                known=measured.averages,
+            )
     else:
         for first, last in groups:
             layers = list(range(first, last + 1))

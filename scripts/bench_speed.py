@@ -165,7 +165,7 @@ def one_pass(loaded: Loaded) -> Array:
     """The package's stages 1 to 3."""
     model, samples = loaded
     distances, _ = sample_distances(Decoder(model), samples)
-    return layer_similarity(np.stack([diffusion_embedding(layer, DEFAULTS) for layer in distances]), DEFAULTS)
+    return layer_similarity(np.stack([diffusion_embedding(layer) for layer in distances]))
 
 
 def pass_by_pass(loaded: Loaded) -> Array:
@@ -188,7 +188,7 @@ def pass_by_pass(loaded: Loaded) -> Array:
         for n in range(len(flat)):
             for m in range(len(flat)):
                 distances[n, m] = (flat[n].double() - flat[m].double()).norm()
-        embeddings.append(rank_normalized(diffusion_embedding(distances, DEFAULTS)))
+        embeddings.append(rank_normalized(diffusion_embedding(distances)))
     similarity = np.empty((len(embeddings), len(embeddings)))
     for i in range(len(embeddings)):
         for j in range(len(embeddings)):

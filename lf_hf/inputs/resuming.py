@@ -12,7 +12,6 @@ from typing import Any
 from lf_hf.checkpoint.identity import differences
 from lf_hf.checkpoint.saving import LOGS, SCRATCH, WORK, changed_files, finish_save, locked_folder
 from lf_hf.healing.teacher import is_written
-from lf_hf.report.page import write_whole
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import compute_once
@@ -26,7 +25,9 @@ def note_healing(work: Path, **facts: Any) -> None:
 
     These are those of the model that was `fused` there, if one was, and at the end of what was `healed`.
     """
-    write_whole(work / _NOTE, json.dumps(facts).encode())
+    new = work / f"{_NOTE}.new"
+    new.write_text(json.dumps(facts), encoding="utf-8")
+    new.replace(work / _NOTE)
 
 
 def noted_healing(work: Path, made_of: Callable[[], Mapping[str, str]]) -> dict[str, Any]:

@@ -174,9 +174,18 @@ def compare_layers(
     with clock("activations"):  # stage 1
         distances, influences = sample_distances(decoder, ids)
     with clock("manifold"):  # stage 2
-        embeddings = np.stack([diffusion_embedding(of_layer, config) for of_layer in distances])
+        scale, alpha, dim = config.kernel_scale, config.kernel_alpha, config.embedding_dim
+        embeddings = np.stack(
+            [diffusion_embedding(d, kernel_scale=scale, kernel_alpha=alpha, embedding_dim=dim) for d in distances]
+        )
     with clock("similarity"):  # stage 3
-        matrix = layer_similarity(embeddings, config)
+        matrix = layer_similarity(
+            embeddings,
+            mi_neighbors=config.mi_neighbors,
+            entropy_neighbors=config.entropy_neighbors,
+            rank_normalize=config.rank_normalize,
+            seed=config.seed,
+        )
     return Similarity(
         matrix,
         embeddings,

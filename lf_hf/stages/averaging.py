@@ -14,7 +14,6 @@ from torch import Tensor
 from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import in_float64
-from lf_hf.settings import FusionConfig
 from lf_hf.stages.alignment import align_layer
 
 AverageKey = tuple[int, str, float]
@@ -27,7 +26,9 @@ def average(
     decoder: Decoder,
     group: Group,
     similarity: NDArray[np.float64],
-    config: FusionConfig,
+    *,
+    alignment: str,
+    ratio_beta: float,
     known: dict[AverageKey, MadeLayer] | None = None,
 ) -> MadeLayer:
     """One layer for a group of layers of the dense model: their average, each aligned to the one below it.
@@ -39,12 +40,13 @@ def average(
     group : Group
     similarity : array of shape (layers L, layers L)
         Of the dense model's layers: a fused layer keeps the similarity of its first one.
-    config : FusionConfig
+    alignment, ratio_beta
+        As in FusionConfig.
     known : dict, optional
         Averages of groups that end with the same layer, to go on from; this one takes its place there.
     """
     first, last = group
-    key = last, config.alignment, config.ratio_beta
+    key = last, alignment, ratio_beta
     known = {} if known is None else known
     folded = known.get(key)
     if folded is None or folded.entry.layers[0] < first:
@@ -53,8 +55,8 @@ def average(
     del folded  # so that weights go as soon as they are aligned, and those as soon as they are merged
     for i in range(entry.layers[0] - 1, first - 1, -1):
         weights_i = decoder.family.unpacked(decoder.layer(i))
-        weights, matches = align_layer(decoder, weights_i, weights, config.alignment)
-        ratio = fusion_ratio(similarity, i, i + 1, config.ratio_beta)
+        weights, matches = align_layer(decoder, weights_i, weights, alignment)
+        ratio = fusion_ratio(similarity, i, i + 1, ratio_beta)
         weights = merge_weights(weights_i, weights, ratio)
         for weight in weights.values():
             decoder.processes.broadcast(weight)

@@ -9,20 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh, qr
 
-from lf_hf.settings import FusionConfig
-
 Array = NDArray[np.float64]
 
 
-def diffusion_embedding(distances: Array, config: FusionConfig) -> Array:
+def diffusion_embedding(
+    distances: Array, *, kernel_scale: float = 8.0, kernel_alpha: float = 0.5, embedding_dim: int = 2
+) -> Array:
     """Manifold coordinates of N samples from their distances at one layer.
 
     Parameters
     ----------
     distances : float64 array of shape (samples N, samples N)
         Frobenius distances between the samples' activations, finite; N is above `embedding_dim`.
-    config : FusionConfig
-        Its `kernel_scale`, `kernel_alpha` and `embedding_dim` are sigma_K, alpha and d.
+    kernel_scale, kernel_alpha, embedding_dim
+        sigma_K, alpha and d.
 
     Returns
     -------
@@ -36,7 +36,7 @@ def diffusion_embedding(distances: Array, config: FusionConfig) -> Array:
     ValueError
         If the kernel does not reach from any sample to another, or `kernel_alpha` is too far from 0.
     """
-    num_samples, kernel_scale, kernel_alpha = len(distances), config.kernel_scale, config.kernel_alpha
+    num_samples = len(distances)
     kernel = np.exp(-np.sqrt(distances) / np.sqrt(kernel_scale))  # K (N, N)
     others = ~np.eye(num_samples, dtype=bool)
     if kernel[others].max() < np.finfo(np.float64).tiny:
@@ -61,8 +61,8 @@ def diffusion_embedding(distances: Array, config: FusionConfig) -> Array:
     basis = qr(first[:, None])[0][:, 1:]  # (N, N - 1)
     values, vectors = eigh(basis.T @ shifted @ basis)  # of A - I: 0 down to -2
     below_one = np.minimum(-values, 2 + values)  # what the singular values |1 + value| lack
-    order = np.argsort(below_one, kind="stable")[: config.embedding_dim]
+    order = np.argsort(below_one, kind="stable")[:embedding_dim]
     vectors = basis @ vectors[:, order]  # (N, d)
-    vectors *= np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(config.embedding_dim)])
+    vectors *= np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(embedding_dim)])
     vectors[:, 1 - below_one[order] < num_samples * np.finfo(np.float64).eps] = 0  # rounding noise
     return vectors / first[:, None]

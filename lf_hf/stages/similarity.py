@@ -13,7 +13,6 @@ from scipy.spatial import KDTree
 from scipy.stats import rankdata
 
 from lf_hf.runtime.progress import progress
-from lf_hf.settings import FusionConfig
 
 Array = NDArray[np.float64]
 
@@ -49,14 +48,22 @@ def mutual_information(source: Array, target: Array, neighbors: int, seed: int) 
     )
 
 
-def layer_similarity(embeddings: Array, config: FusionConfig) -> Array:
+def layer_similarity(
+    embeddings: Array,
+    *,
+    mi_neighbors: int = 5,
+    entropy_neighbors: int = 50,
+    rank_normalize: bool = True,
+    seed: int = 0,
+) -> Array:
     """NPIB of every pair of layers.
 
     Parameters
     ----------
     embeddings : array of shape (layers L, samples N, dims d)
         Stage 2's coordinates.
-    config : FusionConfig
+    mi_neighbors, entropy_neighbors, rank_normalize, seed
+        As in FusionConfig.
 
     Returns
     -------
@@ -64,13 +71,11 @@ def layer_similarity(embeddings: Array, config: FusionConfig) -> Array:
         Symmetric; higher means that two layers arrange the samples alike.
     """
     num_layers = len(embeddings)
-    if config.rank_normalize:
+    if rank_normalize:
         embeddings = rank_normalized(embeddings)
-    entropies = np.array([entropy(embedding, config.entropy_neighbors) for embedding in embeddings])
+    entropies = np.array([entropy(embedding, entropy_neighbors) for embedding in embeddings])
     if entropies.min() <= 0 < entropies.max():
-        remedy = (
-            "more samples or fewer entropy_neighbors avoid" if config.rank_normalize else "rank_normalize=True avoids"
-        )
+        remedy = "more samples or fewer entropy_neighbors avoid" if rank_normalize else "rank_normalize=True avoids"
         warnings.warn(
             f"Layer entropies have mixed signs, so NPIB is normalised by their magnitudes; {remedy} this.",
             stacklevel=2,
@@ -79,6 +84,6 @@ def layer_similarity(embeddings: Array, config: FusionConfig) -> Array:
     for i in progress(range(num_layers), desc="Layer similarity", unit="layer"):
         for j in range(i, num_layers):
             normalizer = max(np.sqrt(abs(entropies[i] * entropies[j])), _MIN_ENTROPY)
-            information = mutual_information(embeddings[i], embeddings[j], config.mi_neighbors, config.seed)
+            information = mutual_information(embeddings[i], embeddings[j], mi_neighbors, seed)
             similarity[i, j] = similarity[j, i] = information / normalizer
     return similarity

@@ -22,7 +22,6 @@ from scipy.spatial.distance import cdist
 from sklearn.feature_selection import mutual_info_regression
 from tiny_models import averaged
 
-from lf_hf import FusionConfig
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.hidden_states import cosine_sums, influences
 from lf_hf.families.table import FAMILIES, PROJECTIONS, Axis
@@ -95,16 +94,16 @@ def test_embeddings_are_exact_however_far_apart_samples_are(apart: float, sigma:
         values, vectors = mpmath.eigsy(A)
         first, *others = sorted(range(8), key=lambda k: -abs(values[k]))[: dim + 1]
         expected = np.array([[float(vectors[i, k] / vectors[i, first]) for k in others] for i in range(8)])
-    actual = diffusion_embedding(D, FusionConfig(1, kernel_scale=sigma, kernel_alpha=alpha, embedding_dim=dim))
+    actual = diffusion_embedding(D, kernel_scale=sigma, kernel_alpha=alpha, embedding_dim=dim)
     expected *= np.sign((actual * expected).sum(axis=0))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def test_samples_that_are_all_alike_have_no_coordinates() -> None:
     with no_warnings():
-        np.testing.assert_array_equal(diffusion_embedding(np.zeros((57, 57)), FusionConfig(1)), np.zeros((57, 2)))
+        np.testing.assert_array_equal(diffusion_embedding(np.zeros((57, 57))), np.zeros((57, 2)))
         two_kinds = np.kron(np.array([[0.0, 20.0], [20.0, 0.0]]), np.ones((5, 5)))
-        embedding = diffusion_embedding(two_kinds, FusionConfig(1))
+        embedding = diffusion_embedding(two_kinds)
     assert (np.ptp(embedding[:5, 0]), np.ptp(embedding[5:, 0])) == pytest.approx((0, 0), abs=1e-12)
     assert embedding[0, 0] == pytest.approx(-embedding[9, 0]) and abs(embedding[0, 0]) == pytest.approx(1)
     np.testing.assert_array_equal(embedding[:, 1], np.zeros(10))
@@ -126,10 +125,11 @@ def test_any_distances_give_a_finite_embedding_or_one_error(
     points = np.random.default_rng(0).normal(size=(samples, 5))
     points[:equal] = points[0]
     distances = cdist(points, points) * 10**exponent
-    config = FusionConfig(1, kernel_scale=kernel_scale, kernel_alpha=kernel_alpha, embedding_dim=dim)
     with no_warnings():
         try:
-            embedding = diffusion_embedding(distances, config)
+            embedding = diffusion_embedding(
+                distances, kernel_scale=kernel_scale, kernel_alpha=kernel_alpha, embedding_dim=dim
+            )
         except ValueError as error:
             message = str(error)
         else:
@@ -168,7 +168,7 @@ def test_similarity_is_the_literal_formula() -> None:
         [[[(column < x).sum() + ((column == x).sum() + 1) / 2 for x in column] for column in y.T] for y in Y]
     )
     ranked = ranks.swapaxes(1, 2) / 57
-    actual = layer_similarity(Y, FusionConfig(1, seed=3))
+    actual = layer_similarity(Y, seed=3)
     for i in range(len(Y)):
         for j in range(i, len(Y)):
             assert actual[i, j] == pytest.approx(literal_npib(ranked[i], ranked[j], 5, 50, 3), rel=1e-12)
@@ -179,7 +179,7 @@ def test_mixed_signs_of_entropies_warn_once() -> None:
     Y = embeddings(2)
     Y[1] *= 1e-3
     with pytest.warns(UserWarning, match="mixed signs"):
-        assert np.isfinite(layer_similarity(Y, FusionConfig(1, rank_normalize=False))).all()
+        assert np.isfinite(layer_similarity(Y, rank_normalize=False)).all()
 
 
 DEGENERATE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -197,7 +197,7 @@ DEGENERATE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def test_degenerate_embeddings_have_a_finite_similarity(kind: str, rank_normalize: bool) -> None:
     embeddings = DEGENERATE[kind](np.random.default_rng(0).normal(size=(3, 51, 2)))
     with no_warnings():
-        similarity = layer_similarity(embeddings, FusionConfig(1, rank_normalize=rank_normalize))
+        similarity = layer_similarity(embeddings, rank_normalize=rank_normalize)
     assert np.isfinite(similarity).all() and (similarity >= 0).all()
     np.testing.assert_array_equal(similarity, similarity.T)
     if kind == "equal layers":
@@ -340,9 +340,7 @@ def test_a_group_is_folded_from_its_top_and_goes_on_from_its_upper_layers(
     """Each sum is rounded once."""
     decoder = Decoder(make_llama(attention_bias=True, dtype=dtype))
     similarity = np.random.default_rng(0).uniform(0.1, 2, size=(5, 5))
-    make = partial(
-        average, decoder, similarity=similarity, config=FusionConfig(1, alignment=alignment, ratio_beta=beta)
-    )
+    make = partial(average, decoder, similarity=similarity, alignment=alignment, ratio_beta=beta)
     known: dict[AverageKey, MadeLayer] = {}
     upper, whole, further = make((3, 4), known=known), make((0, 4)), make((0, 4), known=known)
     assert upper.entry.layers == [3, 4] and further.entry == whole.entry
