@@ -370,6 +370,13 @@ def test_a_gguf_base_is_read_once_as_plain_floats(tiny_gguf: Path, monkeypatch: 
     assert reader.call_count == 1 and gguf.GGUFReader is reader
 
 
+def test_a_gguf_file_is_found_by_its_name_and_not_as_a_pattern(tiny_gguf: Path, tmp_path: Path) -> None:
+    named = tmp_path / "tiny[1].gguf"
+    shutil.copy(tiny_gguf, named)
+    opened = Base.open(tmp_path, {"gguf_file": named.name})
+    assert opened.content_files() == opened.files() == [named]
+
+
 def test_a_layer_is_fitted_to_two_of_a_real_model(gguf_folder: str, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     given: dict[str, Any] = {"gguf_file": GGUF.name, "dtype": "bfloat16", "num_fusions": 1, "method": "refit"}

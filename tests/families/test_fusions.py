@@ -112,6 +112,17 @@ WAYS = [
 ]
 
 
+@pytest.mark.parametrize("model_type", OF_SEVERAL_KINDS)
+def test_parts_of_a_layer_that_changes_kind_are_in_the_order_of_that_kind(model_type: str) -> None:
+    """As when the result is loaded, which an optimizer's state goes by."""
+    decoder = Decoder(tiny_model(model_type))
+    kinds = decoder.family.config_kinds(decoder.config)
+    other = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
+    layer = decoder.layer(other)
+    decoder.replace(0, decoder.family.unpacked(layer), kinds[other])
+    assert list(dict(decoder.layer(0).named_parameters())) == list(dict(layer.named_parameters()))
+
+
 @pytest.mark.parametrize("model_type", ["olmo2", "qwen3_5_text"])
 def test_a_fit_leaves_the_dense_model_as_it_is(model_type: str) -> None:
     """Though a layer that is made has some of its tensors, and is trained."""
