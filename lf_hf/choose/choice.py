@@ -75,8 +75,10 @@ def least_influence_groups(
     candidates.sort(key=lambda number: influences[number])
     groups: list[Group] = []
     for number in sorted(candidates[:num_fusions]):
-        first, _ = groups.pop() if groups and groups[-1][1] == number - 1 else (number - 1, number)
-        groups.append((first, number))
+        if groups and groups[-1][1] == number - 1:
+            groups[-1] = (groups[-1][0], number)
+        else:
+            groups.append((number - 1, number))
     return tuple(groups)
 
 
