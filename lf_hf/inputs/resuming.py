@@ -73,7 +73,12 @@ def ended_healing(folder: Path, made_of: Callable[[], Mapping[str, str]]) -> Fus
     note = compute_once(lambda: _note_of_result(folder))
     if not note or differences(note["made_of"], made_of()):
         return None
-    compute_once(locked_folder(folder, wait=True)(lambda: _end(folder)))
+
+    def end() -> None:
+        with locked_folder(folder, wait=True):
+            _end(folder)
+
+    compute_once(end)
     shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of each machine
     return compute_once(lambda: FusionReport.load(folder))
 
