@@ -89,7 +89,7 @@ def heal(
         arguments = training_arguments(settings, work, training_args, plan)
         arguments.eval_on_start = state is None
         student = make_student(decoder, settings, fused_layers, arguments)
-        trainer = make_trainer(student, teacher, settings, arguments)
+        trainer = make_trainer(student, decoder, teacher, settings, arguments)
         names = [name for name, items in teacher.training.items() for _ in range(len(items))]  # type: ignore[arg-type]
         order = training_order(len(names), settings)
         used = Counter(names[number] for number in sorted(set(order)))  # different sequences of each kind of text

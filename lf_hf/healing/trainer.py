@@ -163,6 +163,7 @@ class DistillationTrainer(Trainer):
     to_targets: Callable[[Tensor], Targets]  # of the teacher's final states of a batch
     loss: Loss
     trained: AbstractSet[str]  # names of what is trained
+    dtypes: Mapping[str, torch.dtype]  # of the healed model's weights, by name
     eval_dataset: Items
 
     def compute_loss(
@@ -196,6 +197,14 @@ class DistillationTrainer(Trainer):
                 f"The state of step {self.state.global_step} was not written ({reason(error)}); the one before it is "
                 "kept: with room on the disk the same command goes on from there."
             ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The last state, from which no step goes on, has the healed model's own dtypes: half as many bytes."""
+        if state_dict is None and self.state.global_step == self.state.max_steps:
+            student: Any = self.model
+            weights = student.state_dict()
+            state_dict = {name: weight.to(self.dtypes.get(name, weight.dtype)) for name, weight in weights.items()}
+        super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Not in the last state, from which no step goes on. States of sharded weights are read as wholes."""
@@ -272,7 +281,7 @@ class _Progress(TrainerCallback):
 
 
 def make_trainer(
-    student: nn.Module, teacher: Teacher, settings: HealSettings, arguments: TrainingArguments
+    student: nn.Module, decoder: Decoder, teacher: Teacher, settings: HealSettings, arguments: TrainingArguments
 ) -> DistillationTrainer:
     """The Trainer, before it is given text to train on. Raises ValueError for arguments with which it cannot train."""
     model: Any = student
@@ -286,6 +295,7 @@ def make_trainer(
         trainer = DistillationTrainer(student, arguments, **given, callbacks=[_Progress()])
     trainer.to_targets = partial(Targets, weight=head, to_logits=partial(family_of(config).logits, config))
     trainer.loss = Loss(settings.temperature, settings.next_token_share)
+    trainer.dtypes = {name: weight.dtype for name, weight in decoder.named_parameters()}
     trainer.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     trainer.remove_callback(PrinterCallback)
     unset_hf_deepspeed_config()  # DeepSpeed splits the student when training begins

@@ -28,7 +28,7 @@ from lf_hf.settings import FusionConfig, HealSettings
 _BATCH_SHARE = 16  # of a card's memory, one part in so many is for a batch
 _SECONDS_OF_WORK = 1e11  # operations
 _LOW_MEMORY_STATES = 1 << 27  # bytes of states in memory where little is to be used
-_STATE, _LAST_STATE = 12, 4  # bytes on disk of a trained parameter: it and two moments halfway, it alone at the end
+_STATE, _OF_ADAPTER = 12, 4  # bytes on disk of a trained parameter: it and two moments, and an adapter's alone
 _TRAINED = {"layers": "all layers", "fused": "the fused layers", "lora": "adapters", "all": "all parameters"}
 
 
@@ -319,7 +319,8 @@ def _plan_healing(phases: Phases, machine: Machine, healing: HealSettings, other
         if train != ladder[0]:
             why += f", as {_TRAINED[ladder[0]]} would take {in_gib(least[ladder[0]])}"
         work = healing_work(shape, layers, trained, healing, checkpoints=checkpoints)
-        disk = (_STATE + (_STATE if machine.shards > 1 else _LAST_STATE)) * trained
+        last = _OF_ADAPTER if train == "lora" else shape.size  # in the model's own dtype
+        disk = (_STATE + (_STATE if machine.shards > 1 else last)) * trained
         settings = replace(healing, train=train)
         return HealingPlan(settings, machine.device, checkpoints, sequences, why, takes, disk, work)
     what = f"healing with train={ladder[-1]!r} and gradient checkpointing"

@@ -64,7 +64,7 @@ def tune(
     decoder.processes.all_reduce(changes)
     scale = channel_weights(changes).to(device, torch.float32)
     rate = _RELATIVE_RATE * typical_size(weights.values())
-    optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps.rows))
     for step in steps.rows:
         for rows in step.values():

@@ -190,14 +190,18 @@ def test_a_killed_run_ends_with_the_same_bits(
 
 
 def test_a_run_goes_on_from_its_last_state_which_has_no_optimizer(
-    heal: Heal, base: str, fused: Path, healed: Path, tmp_path: Path
+    heal: Heal, base: str, fused: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    """The state has the model's dtype, in which the weights that were trained are what they come to be."""
+    half, out = tmp_path / "half", tmp_path / "out"
+    FusedLlamaForCausalLM.from_pretrained(fused, dtype=torch.bfloat16).save_pretrained(half)
+    heal(fused=half, out=tmp_path / "whole")
     with patch.object(Trainer, "_load_best_model", side_effect=Killed), pytest.raises(Killed):
-        lf_hf.heal(fused, out, base=base, **settings())
-    assert [*(out / WORK).glob("checkpoint-16/model*")] and not [*(out / WORK).glob("checkpoint-16/optimizer*")]
-    heal(out=out)
-    assert not changed(out, healed) and curve(out) == curve(healed)
+        lf_hf.heal(half, out, base=base, **settings())
+    [state] = (out / WORK).glob("checkpoint-16")
+    assert {weight.dtype for weight in tensors(state).values()} == {torch.bfloat16} and not [*state.glob("optimizer*")]
+    heal(fused=half, out=out)
+    assert not changed(out, tmp_path / "whole") and curve(out) == curve(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
