@@ -163,7 +163,7 @@ class DistillationTrainer(Trainer):
     to_targets: Callable[[Tensor], Targets]  # of the teacher's final states of a batch
     loss: Loss
     trained: AbstractSet[str]  # names of what is trained
-    dtypes: Mapping[str, torch.dtype]  # of the healed model's weights, by name
+    dtypes: Mapping[str, torch.dtype]  # of these in the healed model, but for adapters
     eval_dataset: Items
 
     def compute_loss(
@@ -199,7 +199,7 @@ class DistillationTrainer(Trainer):
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The last state, from which no step goes on, has the healed model's own dtypes: half as many bytes."""
+        """The last state, from which no step goes on, has the healed model's dtypes: of bfloat16 half as many bytes."""
         if state_dict is None and self.state.global_step == self.state.max_steps:
             student: Any = self.model
             weights = student.state_dict()
@@ -295,8 +295,9 @@ def make_trainer(
         trainer = DistillationTrainer(student, arguments, **given, callbacks=[_Progress()])
     trainer.to_targets = partial(Targets, weight=head, to_logits=partial(family_of(config).logits, config))
     trainer.loss = Loss(settings.temperature, settings.next_token_share)
-    trainer.dtypes = {name: weight.dtype for name, weight in decoder.named_parameters()}
     trainer.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    weights = decoder.model.named_parameters()
+    trainer.dtypes = {name: weight.dtype for name, weight in weights if name in trainer.trained}
     trainer.remove_callback(PrinterCallback)
     unset_hf_deepspeed_config()  # DeepSpeed splits the student when training begins
     return trainer
