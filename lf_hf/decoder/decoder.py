@@ -33,7 +33,7 @@ from lf_hf.families.models import (
     text_prefix,
 )
 from lf_hf.families.table import DecoderLayer, Family, Kind
-from lf_hf.runtime.amounts import BATCH_COPIES, CPU_BATCH, LONGEST_GROUP
+from lf_hf.runtime.amounts import CPU_BATCH, LONGEST_GROUP, batch_size
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import to_device
 
@@ -274,14 +274,13 @@ class Decoder:
         return lambda states: self.family.logits(self.config, linear(norm(states).to(weight.device), weight))
 
     def batch_indices(self, sequences: Sequence[Tensor]) -> list[list[int]]:
-        """Numbers of the sequences (tokens T,) of each batch: of one length, and no more than `batch_bytes` hold."""
-        max_tokens = self.batch_bytes // (BATCH_COPIES * self.config.intermediate_size)
+        """Numbers of the sequences (tokens T,) of each batch: of one length, by `batch_size`."""
         by_length: dict[int, list[int]] = {}
         for number, sequence in enumerate(sequences):
             by_length.setdefault(len(sequence), []).append(number)
         batches = []
         for length, numbers in by_length.items():
-            size = max(1, max_tokens // length)
+            size = batch_size(length, self.config.intermediate_size, self.batch_bytes)
             batches += [numbers[first : first + size] for first in range(0, len(numbers), size)]
         return batches
 

@@ -95,7 +95,7 @@ class Phases:
 
     def _batch(self, length: int, tokens: int) -> int:
         """How many of some tokens pass a layer together, in sequences of `length`."""
-        return min(tokens, max(1, self.batch_bytes // (amounts.BATCH_COPIES * self.shape.mlp) // length) * length)
+        return min(tokens, amounts.batch_size(length, self.shape.mlp, self.batch_bytes) * length)
 
     def _running(self, length: int, tokens: int) -> int:
         """Bytes inside a layer: gate, its activation, up and their product; the stream, norms and all of attention.
@@ -244,16 +244,15 @@ class Phases:
         # The maps, a reader in float32, and the wide half in its own numbers; then its compared channels, twice.
         widened = 4 * joined * hidden**2 + 8 * hidden * mlp + 3 * hidden * max(wide, 2 * compared) * size
         chosen = 3 * hidden * (compared + mlp) * size
-        of_map, map_work = self._problem(tokens, hidden, hidden, rough=rough)
-        of_map += 8 * (joined - 1) * hidden**2  # sums of the others
-        of_heads, head_work = self._problem(tokens, heads, shape.queries, rough=rough)
-        solving, channel_work = self._problem(tokens, compared, mlp, rough=rough)
+        of_maps, map_work = self._problem(tokens, hidden, hidden, joined * hidden, rough=rough)
+        of_heads, head_work = self._problem(tokens, heads, shape.queries, hidden, rough=rough)
+        solving, channel_work = self._problem(tokens, compared, mlp, hidden, rough=rough)
         if shape.has_norm_after:  # the second problem beside the first one
             solving += 4 * (mlp**2 + hidden * mlp)
         channels = batch * max(compared, heads) * (3 * size + 4)  # gate, up, their product, and it in float32
-        inside = channels + max(widened, of_map, chosen + solving, chosen + of_heads)
+        inside = channels + max(widened, of_maps, chosen + solving, chosen + of_heads)
         mapped = 2 * compared + joined * (shape.queries + 2 * shape.keys)  # rows of readers
-        work = self._forward(tokens, joined) + times(map_work, 2 * joined)
+        work = self._forward(tokens, joined) + times(map_work, 2)
         work += Work({self._own_product: 2 * hidden**2 * mapped})
         twice = 1 + shape.has_head_norms
         work += Work(layer=2 * tokens * hidden * (shape.queries + 2 * shape.keys) * joined * twice)
@@ -264,7 +263,7 @@ class Phases:
         if shape.has_norm_after:
             work += Work(layer=12 * tokens * hidden * (mlp + shape.queries))
             if not rough:
-                work += self._problem(tokens, mlp, mlp, rough=False)[1]
+                work += self._problem(tokens, mlp, mlp, hidden, rough=False)[1]
         return inside, work
 
     @property
@@ -272,35 +271,38 @@ class Phases:
         """The rate of products of factors in the model's own numbers; float16 is multiplied in float32, slower."""
         return "layer" if self.shape.size == 2 else "product"
 
-    def _problem(self, tokens: int, unknowns: int, kept: int, *, rough: bool) -> tuple[int, Work]:
+    def _problem(self, tokens: int, unknowns: int, kept: int, outputs: int, *, rough: bool) -> tuple[int, Work]:
         """Bytes and work of a least-squares problem: sums, a pruning by an inverse, and the solution of the rest.
 
         A rough fit solves some in its tokens.
         """
-        hidden = self.shape.hidden
         if rough and amounts.solved_in_tokens(tokens, unknowns):
-            return self._dual_problem(tokens, unknowns, kept)
-        exact = 8 if unknowns <= amounts.EXACT_LIMIT else 4
+            return self._dual_problem(tokens, unknowns, kept, outputs)
+        limit = amounts.ROUGH_EXACT_LIMIT if rough else amounts.EXACT_LIMIT
+        exact = 8 if unknowns <= limit else 4
         squares = 3 if self.on_card and kept < unknowns else 1  # an inverse on a card is made beside its factor
-        size = (4 + squares * exact) * unknowns**2 + (12 + 2 * exact) * unknowns * hidden
-        work = Work(product=tokens * unknowns * (unknowns + 2 * hidden))  # half of a gram matrix, and what it is for
+        size = (4 + squares * exact) * unknowns**2 + (12 + 2 * exact) * unknowns * outputs
+        work = Work(product=tokens * unknowns * (unknowns + 2 * outputs))  # half of a gram matrix, and what it is for
         for size_of in {unknowns, kept}:
-            rate = "solve" if size_of <= amounts.EXACT_LIMIT else "product"
-            flops = size_of**3 // 3 + 2 * size_of**2 * hidden
+            rate = "solve" if size_of <= limit else "product"
+            flops = size_of**3 // 3 + 2 * size_of**2 * outputs
             if size_of > kept:  # the inverse, and its updates
                 flops += 2 * size_of**3 // 3 + 2 * (size_of**3 - kept**3) // 3
-            work += Work({rate: flops}) + Work(product=2 * size_of**2 * hidden)
+            work += Work({rate: flops}) + Work(product=2 * size_of**2 * outputs)
         return size, work
 
-    def _dual_problem(self, tokens: int, unknowns: int, kept: int) -> tuple[int, Work]:
+    def _dual_problem(self, tokens: int, unknowns: int, kept: int, outputs: int) -> tuple[int, Work]:
         """The same where it is solved in the tokens: no more of the inverse than blocks on its diagonal."""
-        hidden = self.shape.hidden
         # x twice; the kernel, and it in float64; two weights; what is to be written, and what is missed of it.
-        size = 8 * tokens * unknowns + 12 * tokens**2 + 8 * unknowns * hidden + 32 * tokens * hidden
+        size = 8 * tokens * unknowns + 12 * tokens**2 + 8 * unknowns * outputs + 32 * tokens * outputs
         work = Work()
         for inputs in {unknowns, kept}:
-            work += Work({self._own_product: tokens**2 * inputs + 4 * tokens * inputs * hidden})
-            work += Work(solve=tokens**3 // 3 + 2 * tokens**2 * hidden + tokens**2 * inputs * (inputs > kept))
+            work += Work({self._own_product: tokens**2 * inputs + 4 * tokens * inputs * outputs})
+            flops = tokens**3 // 3 + 2 * tokens**2 * outputs
+            if inputs > kept:  # blocks of the inverse
+                work += Work(solve=flops + tokens**2 * inputs)
+            else:
+                work += Work({"solve" if tokens <= amounts.ROUGH_EXACT_LIMIT else "product": flops})
         return size, work
 
 

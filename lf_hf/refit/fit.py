@@ -3,7 +3,7 @@
 A layer adds to the residual stream twice, by its attention and by its MLP, and each of these halves is fitted alike:
 
 1. The group's halves are put side by side as one wide half. What each reads, it reads through a linear map, fitted from
-   the stream in front of the fused layer to the stream that it read in the group (`solve_map`).
+   the stream in front of the fused layer to the stream that it read in the group (`solve_maps`).
 2. What the wide half has to write is what the group added to the stream: a least-squares problem y = W x, of which the
    sums over tokens are kept (`HalfFit.build_problem`). x is what the heads or channels compute, and W writes it to the
    stream: o_proj or down_proj.
@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
-from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, add_to_map, empty_problem, solve_map, token_weights
+from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, add_to_maps, maps_problem, solve_maps, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
     folded,
@@ -43,7 +43,7 @@ from lf_hf.refit.states import States, keep
 from lf_hf.refit.traces import Traces
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.amounts import TOKEN_STRIDE, num_candidates
-from lf_hf.runtime.numerics import in_float64, is_finite, to_host
+from lf_hf.runtime.numerics import is_finite, to_host
 
 
 @torch.no_grad()
@@ -127,20 +127,19 @@ def _read_entry(attended: FittedHalf, gated: FittedHalf, fitted: Weights, solver
 
 
 def fit_attention(
-    fit: HalfFit, group: Sequence[Weights], maps: list[Problem | None], kinds: Sequence[Kind]
+    fit: HalfFit, group: Sequence[Weights], problems: list[Problem], kinds: Sequence[Kind]
 ) -> tuple[Kind, FittedHalf]:
     """The attention of a group's layers as one, with the first layer's MLP; and the kind of the layer that it makes.
 
-    `maps` are the problems of maps from what the fused layer's attention reads to what each layer's reads, None for the
-    identity; the list is emptied.
+    `problems` has that of maps from what the fused layer's attention reads to what the layers' reads; it is emptied.
     """
     family = fit.decoder.family
-    layers = []
-    for weights, kind in zip(group, kinds, strict=True):
-        problem = maps.pop(0)
-        input_map = None if problem is None else solve_map(problem, fit.ridge)
-        del problem
-        layers.append(folded(family.mixer(kind), weights, input_map))
+    solved = solve_maps(problems.pop(), fit.ridge)
+    maps = [*[None] * (len(group) - len(solved)), *solved]  # None for the first layer where it reads the same
+    layers = [
+        folded(family.mixer(kind), weights, input_map)
+        for weights, input_map, kind in zip(group, maps, kinds, strict=True)
+    ]
     return _keep_one_mixer(fit, layers, kinds) if family.linear else _select_heads(fit, layers, kinds)
 
 
@@ -197,16 +196,14 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
 
     `group` has the layers' weights, and `read` the streams in front of their MLPs; both are emptied, to make room.
     """
-    half, count, config = fit.half, len(group), fit.decoder.config
-    keep, shape = config.intermediate_size, (config.hidden_size, config.hidden_size)
-    maps = []
-    while read:
-        like = group[0]["mlp.down_proj.weight"]
-        problem = empty_problem(fit.decoder, shape, like, fit.solver)
-        for state, target in zip(fit.states, read.pop(0), strict=True):
-            add_to_map(problem, fit.decoder, half, state, target)
-        maps.append(solve_map(problem, fit.ridge).to(like.device))
-        del problem, like
+    half, count, keep = fit.half, len(group), fit.decoder.config.intermediate_size
+    like = group[0]["mlp.down_proj.weight"]
+    problem = maps_problem(fit.decoder, count, like, fit.solver)
+    for state, *targets in zip(fit.states, *read, strict=True):
+        add_to_maps(problem, fit.decoder, half, state, targets)
+    read.clear()
+    maps = [input_map.to(like.device) for input_map in solve_maps(problem, fit.ridge)]
+    del problem, like
     sizes = fit.measure_sizes(map(partial(folded, half), group, maps), [None] * count)
     limit = keep if fit.solver.rough_tokens else num_candidates(count * keep, keep)
     channels = torch.arange(count * keep, device=maps[0].device)
@@ -238,8 +235,8 @@ def _largest(
     half, decoder = fit.half, fit.decoder
     layers = [folded(half, weights) for weights in group]
     down = stacked_writers(half, group, sizes)["mlp.down_proj.weight"]
-    # What each writes, squared; the norms are in float64, as the squares of weights may not be in range.
-    norms = torch.cat([in_float64(part).norm(dim=0) for part in down.split(256, dim=1)]).float().to(down.device)
+    norms = torch.cat([part.float().square().sum(0) for part in down.split(256, dim=1)]).sqrt()  # of what each writes
+    maps = [input_map.to(down) for input_map in maps]
     size = torch.zeros_like(norms)
     for state in fit.states:
         some = state[:, ::TOKEN_STRIDE]
@@ -247,7 +244,7 @@ def _largest(
         read = normalized(decoder, half, some).flatten(0, 1)
         parts = zip(size.chunk(len(maps)), norms.chunk(len(maps)), layers, maps, strict=True)
         for of_layer, written, weights, input_map in parts:
-            x = gated_channels(decoder, weights, linear(read, input_map.to(read)))
+            x = gated_channels(decoder, weights, linear(read, input_map))
             of_layer += token_weight @ (x.float() * written).square()
     decoder.processes.all_reduce(size)
     return size.topk(limit).indices.sort().values

@@ -39,26 +39,33 @@ def empty_problem(decoder: Decoder, shape: tuple[int, ...], like: Tensor, solver
     return Regression(inputs, outputs, like.device, like.dtype, decoder.processes, solver)
 
 
-def add_to_map(problem: Problem, decoder: Decoder, half: Half, state: Tensor, target: Tensor) -> None:
-    """Add tokens to the problem of a map, near the identity, from what half of a layer reads to what another one reads.
+def maps_problem(decoder: Decoder, layers: int, like: Tensor, solver: Solver) -> Problem:
+    """A problem, as of `empty_problem`, of maps to what so many layers read, one below the other."""
+    hidden = decoder.config.hidden_size
+    return empty_problem(decoder, (layers * hidden, hidden), like, solver)
 
-    `state` and `target` are the streams in front of the one half and of the other, (sequences B, tokens T, hidden).
+
+def add_to_maps(problem: Problem, decoder: Decoder, half: Half, state: Tensor, targets: Iterable[Tensor]) -> None:
+    """Add tokens to the problem of maps, near the identity, from what half of a layer reads to what others read.
+
+    `state` and `targets` are the streams in front of the one half and of the others, (sequences B, tokens T, hidden).
     """
     if half.before:  # the norm gives all tokens the same scale
         token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))
     else:
-        token_weight = token_weights(decoder, target)
-    x, y = (normalized(decoder, half, part).flatten(0, 1) for part in (state, target))
-    change = y.to(torch.promote_types(y.dtype, torch.float32)) - x  # which float16 may not hold
-    problem.add(x, change, token_weight)
+        token_weight = token_weights(decoder, state)
+    x, *read = (normalized(decoder, half, part).flatten(0, 1) for part in (state, *targets))
+    wide = torch.promote_types(x.dtype, torch.float32)  # as float16 may not hold changes
+    problem.add(x, torch.cat([y.to(wide) - x for y in read], dim=1), token_weight)
 
 
-def solve_map(problem: Problem, ridge: float) -> Tensor:
-    """The map of a problem to which all was added, of shape (hidden, hidden), float32 at least."""
+def solve_maps(problem: Problem, ridge: float) -> list[Tensor]:
+    """The maps of a problem to which all was added, of shape (hidden, hidden) each, float32 at least."""
     problem.complete()
-    change = problem.ridge(None, ridge).weight  # from the identity
-    change.diagonal().add_(1)
-    return change
+    changes = problem.ridge(None, ridge).weight  # from the identity
+    maps = changes.unflatten(0, (-1, changes.shape[1]))
+    maps.diagonal(dim1=1, dim2=2).add_(1)
+    return list(maps)
 
 
 class FittedHalf(NamedTuple):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lf_hf.runtime.amounts import EXACT_LIMIT
+from lf_hf.runtime.amounts import EXACT_LIMIT, ROUGH_EXACT_LIMIT
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import bfloat16_products
 
@@ -39,6 +39,11 @@ class Solver:
     def __init__(self, rough_tokens: int | None = None) -> None:
         self.rough_tokens = rough_tokens
         self._codes: list[Tensor] = []
+
+    def dtype(self, size: int) -> torch.dtype:
+        """In which a system of so many equations is solved."""
+        limit = EXACT_LIMIT if self.rough_tokens is None else ROUGH_EXACT_LIMIT
+        return torch.float64 if size <= limit else torch.float32
 
     def cholesky(self, matrix: Tensor) -> Tensor:
         """Cholesky factors of symmetric matrices (..., m, m), of which the upper halves are read, in their memory."""
@@ -234,8 +239,7 @@ class Regression(LeastSquares):
         return blocks
 
     def _factor(self, pull: Tensor) -> Tensor:
-        dtype = torch.float64 if len(self.gram) <= EXACT_LIMIT else torch.float32
-        return self.solver.ridge_cholesky(self.gram, pull, dtype)
+        return self.solver.ridge_cholesky(self.gram, pull, self.solver.dtype(len(self.gram)))
 
 
 class DualRegression(LeastSquares):
@@ -243,7 +247,7 @@ class DualRegression(LeastSquares):
 
     Tokens are kept: X of shape (tokens T, inputs m) and Y (tokens T, outputs d). With the kernel K = X X^T + pull I, of
     shape (T, T), the solution leaves pull K^-1 (Y - X start^T) of Y, and the inverse of the gram matrix with its ridge
-    is (I - X^T K^-1 X) / pull. Systems are solved in float64. Methods are those of `Regression`.
+    is (I - X^T K^-1 X) / pull, a difference for which float64 is needed. Methods are those of `Regression`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32, solver: Solver | None = None) -> None:
@@ -252,17 +256,18 @@ class DualRegression(LeastSquares):
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
-        self._parts.append(self.weighted(x, y, token_weight))
+        x, y = self.weighted(x, y, token_weight)
+        self._parts.append((x.to(self._own), y.T))  # x as products take it: the kernel is one of what solutions take
 
     def complete(self) -> None:
-        x, self._y = map(torch.cat, zip(*self._parts, strict=True))
+        self._x = torch.cat([x for x, _ in self._parts])
+        self._y = torch.cat([y for _, y in self._parts], dim=1)  # (outputs d, tokens T)
         self._parts.clear()
-        self._x = x.to(self._own)  # as products take it, so that the kernel is one of what solutions take
 
     def ridge(self, start: Tensor | None, strength: float) -> Solution:
         weight = None if start is None else self.wide(start)
         pull = self._pull(strength)
-        _, missed, left = self._solved(weight, pull)
+        _, missed, left = self._solved(weight, pull, self.solver.dtype(len(self._x)))
         change = self._change(left, pull)
         weight = change if weight is None else weight.add_(change)
         energy = _dot(self._y, self._y).clamp(min=_TINY)
@@ -276,7 +281,7 @@ class DualRegression(LeastSquares):
         at_once = block * max(1, _COLUMNS // block)
         pull = self._pull(_SELECTION_RIDGE)
         for size in _sizes(len(blocks), keep, rounds):
-            factor, _, left = self._solved(start, pull)
+            factor, _, left = self._solved(start, pull, torch.float64)
             weight = self._change(left, pull).add_(start)
             worth = []
             for x, columns in zip(self._x.split(at_once, dim=1), weight.split(at_once, dim=1), strict=True):
@@ -292,15 +297,15 @@ class DualRegression(LeastSquares):
     def _pull(self, strength: float) -> Tensor:
         return strength * torch.linalg.vector_norm(self._x, dtype=self.dtype).square() / self._x.shape[1] + _TINY
 
-    def _solved(self, start: Tensor | None, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _solved(self, start: Tensor | None, pull: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The factor of K, and what `start` and what the solution leave of y, of shape (outputs d, tokens T)."""
         x = self._x.to(self.dtype)
         kernel = x.new_zeros(len(x), len(x))
         with bfloat16_products(self.is_bfloat16):
             add_gram(kernel, x.T)
-        missed = self._y.T if start is None else self._y.T - start.to(self._own) @ self._x.T
-        factor = self.solver.ridge_cholesky(kernel, pull, torch.float64)
-        left = solve(factor, missed.to(factor.dtype, copy=True).T).T
+        missed = self._y if start is None else self._y - start.to(self._own) @ self._x.T
+        factor = self.solver.ridge_cholesky(kernel, pull, dtype)
+        left = solve(factor, missed.to(dtype, copy=True).T).T
         return factor, missed, left.mul_(pull).to(missed.dtype)
 
     def _change(self, left: Tensor, pull: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer
-from lf_hf.refit.half_fit import Problem, add_to_map, empty_problem
+from lf_hf.refit.half_fit import Problem, add_to_maps, maps_problem
 from lf_hf.refit.layer_parts import after_half, mid_state
 from lf_hf.refit.regression import Solver
 from lf_hf.refit.states import States, new_list
@@ -23,7 +23,7 @@ hidden) each."""
 class Traces(NamedTuple):
     """What a fit needs of text that passed a group."""
 
-    attention_maps: list[Problem | None]  # to what each layer's attention reads; None for the identity
+    attention_maps: list[Problem]  # one, of maps to what the layers' attention reads, but for the first if it is equal
     attended: States  # the stream in front of the group, plus all that its attention adds to it
     mid_states: list[States]  # for each layer the stream between its halves
     output: States  # the stream after the group
@@ -56,21 +56,18 @@ def trace(
     """
     like = layers[0].mlp.down_proj.weight
     solver = Solver(rough_tokens)
-    halves = [decoder.family.layer_mixer(layer) for layer in layers]
-    shape = decoder.config.hidden_size, decoder.config.hidden_size
-    maps: list[Problem | None] = [] if states is not None else [None]
-    maps += [empty_problem(decoder, shape, like, solver) for _ in layers[len(maps) :]]
+    half = decoder.family.layer_mixer(layers[0])
+    equal = int(states is None)
+    maps = maps_problem(decoder, len(layers) - equal, like, solver)
     attended, output = new_list(decoder), new_list(decoder)
     mid_states = [new_list(decoder) for _ in layers]
     for number, of_batch in enumerate(passes):
         stream = [state.to(like.device) for state in of_batch]
         before, between = stream[:-1:2], stream[1::2]
         state = stream[0] if states is None else states[number].to(like.device)
-        for problem, half, read in zip(maps, halves, before, strict=True):
-            if problem is not None:
-                add_to_map(problem, decoder, half, state, read)
+        add_to_maps(maps, decoder, half, state, before[equal:])
         attended.append(stream[0] + sum(mid - start for start, mid in zip(before, between, strict=True)))
         for kept, mid in zip(mid_states, between, strict=True):
             kept.append(mid)
         output.append(stream[-1])
-    return Traces(maps, attended, [*mid_states], output, solver)
+    return Traces([maps], attended, [*mid_states], output, solver)
