@@ -274,7 +274,7 @@ class Decoder:
         return lambda states: self.family.logits(self.config, linear(norm(states).to(weight.device), weight))
 
     def batch_indices(self, sequences: Sequence[Tensor]) -> list[list[int]]:
-        """Numbers of the sequences (tokens T,) of each batch: of one length, by `batch_size`."""
+        """Numbers of the sequences (tokens T,) of each batch: of one length, as many as `batch_size` says."""
         by_length: dict[int, list[int]] = {}
         for number, sequence in enumerate(sequences):
             by_length.setdefault(len(sequence), []).append(number)

@@ -36,6 +36,7 @@ from lf_hf.refit.layer_parts import (
     selected,
     stacked,
     stacked_writers,
+    with_gain,
     with_one_norm,
 )
 from lf_hf.refit.regression import FitOverflow, Solver, expanded
@@ -131,15 +132,15 @@ def fit_attention(
 ) -> tuple[Kind, FittedHalf]:
     """The attention of a group's layers as one, with the first layer's MLP; and the kind of the layer that it makes.
 
-    `problems` has that of maps from what the fused layer's attention reads to what the layers' reads; it is emptied.
+    `problems` is a list of one, of maps from what the fused layer's attention reads to what theirs read; it is emptied.
     """
     family = fit.decoder.family
-    solved = solve_maps(problems.pop(), fit.ridge)
-    maps = [*[None] * (len(group) - len(solved)), *solved]  # None for the first layer where it reads the same
+    maps = [None, *solve_maps(problems.pop(), fit.ridge)][-len(group) :]  # None for a first layer that reads the same
     layers = [
         folded(family.mixer(kind), weights, input_map)
         for weights, input_map, kind in zip(group, maps, kinds, strict=True)
     ]
+    del maps
     return _keep_one_mixer(fit, layers, kinds) if family.linear else _select_heads(fit, layers, kinds)
 
 
@@ -197,13 +198,8 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
     `group` has the layers' weights, and `read` the streams in front of their MLPs; both are emptied, to make room.
     """
     half, count, keep = fit.half, len(group), fit.decoder.config.intermediate_size
-    like = group[0]["mlp.down_proj.weight"]
-    problem = maps_problem(fit.decoder, count, like, fit.solver)
-    for state, *targets in zip(fit.states, *read, strict=True):
-        add_to_maps(problem, fit.decoder, half, state, targets)
+    maps = _maps_to(fit, read, group[0]["mlp.down_proj.weight"])
     read.clear()
-    maps = [input_map.to(like.device) for input_map in solve_maps(problem, fit.ridge)]
-    del problem, like
     sizes = fit.measure_sizes(map(partial(folded, half), group, maps), [None] * count)
     limit = keep if fit.solver.rough_tokens else num_candidates(count * keep, keep)
     channels = torch.arange(count * keep, device=maps[0].device)
@@ -225,6 +221,14 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
     return fit.fit_writer(weights, _counts(channels, keep, count), problem, kind=None)
 
 
+def _maps_to(fit: HalfFit, read: Sequence[States], like: Tensor) -> list[Tensor]:
+    """Maps from what the half that is made reads to what others read in front of it, on the device of `like`."""
+    problem = maps_problem(fit.decoder, len(read), like, fit.solver)
+    for state, *targets in zip(fit.states, *read, strict=True):
+        add_to_maps(problem, fit.decoder, fit.half, state, targets)
+    return [input_map.to(like.device) for input_map in solve_maps(problem, fit.ridge)]
+
+
 def _largest(
     fit: HalfFit, group: Sequence[Weights], sizes: Tensor | None, maps: Sequence[Tensor], limit: int
 ) -> Tensor:
@@ -233,16 +237,15 @@ def _largest(
     The maps are not folded into the layers: to map what is read takes less than to map all that reads it.
     """
     half, decoder = fit.half, fit.decoder
-    layers = [folded(half, weights) for weights in group]
     down = stacked_writers(half, group, sizes)["mlp.down_proj.weight"]
     norms = torch.cat([part.float().square().sum(0) for part in down.split(256, dim=1)]).sqrt()  # of what each writes
-    maps = [input_map.to(down) for input_map in maps]
+    maps = [with_gain(half, weights, input_map).to(down) for weights, input_map in zip(group, maps, strict=True)]
     size = torch.zeros_like(norms)
     for state in fit.states:
         some = state[:, ::TOKEN_STRIDE]
         token_weight = token_weights(decoder, some)
         read = normalized(decoder, half, some).flatten(0, 1)
-        parts = zip(size.chunk(len(maps)), norms.chunk(len(maps)), layers, maps, strict=True)
+        parts = zip(size.chunk(len(maps)), norms.chunk(len(maps)), group, maps, strict=True)
         for of_layer, written, weights, input_map in parts:
             x = gated_channels(decoder, weights, linear(read, input_map))
             of_layer += token_weight @ (x.float() * written).square()

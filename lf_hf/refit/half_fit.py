@@ -45,7 +45,7 @@ def maps_problem(decoder: Decoder, layers: int, like: Tensor, solver: Solver) ->
     return empty_problem(decoder, (layers * hidden, hidden), like, solver)
 
 
-def add_to_maps(problem: Problem, decoder: Decoder, half: Half, state: Tensor, targets: Iterable[Tensor]) -> None:
+def add_to_maps(problem: Problem, decoder: Decoder, half: Half, state: Tensor, targets: Sequence[Tensor]) -> None:
     """Add tokens to the problem of maps, near the identity, from what half of a layer reads to what others read.
 
     `state` and `targets` are the streams in front of the one half and of the others, (sequences B, tokens T, hidden).
@@ -53,7 +53,7 @@ def add_to_maps(problem: Problem, decoder: Decoder, half: Half, state: Tensor, t
     if half.before:  # the norm gives all tokens the same scale
         token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))
     else:
-        token_weight = token_weights(decoder, state)
+        token_weight = torch.stack([token_weights(decoder, part) for part in (state, *targets)]).amin(0)
     x, *read = (normalized(decoder, half, part).flatten(0, 1) for part in (state, *targets))
     wide = torch.promote_types(x.dtype, torch.float32)  # as float16 may not hold changes
     problem.add(x, torch.cat([y.to(wide) - x for y in read], dim=1), token_weight)

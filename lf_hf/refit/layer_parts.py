@@ -21,21 +21,28 @@ _LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 def folded(half: Half, weights: Weights, input_map: Tensor | None = None) -> dict[str, Tensor]:
     """A layer with the gains of a half's norm, and a map that it reads through, (hidden, hidden), in its readers."""
     layer = dict(weights)
-    gain = weights[f"{half.before}.weight"] if half.before else None
-    if gain is not None:
-        layer[f"{half.before}.weight"] = torch.ones_like(gain)
-        if input_map is not None:
-            input_map = input_map.to(gain.device) * gain[:, None]
+    if input_map is not None:
+        input_map = with_gain(half, weights, input_map)
     for reader in half.readers:
         weight = wide = weights[f"{reader}.weight"]
-        if weight.dtype != torch.bfloat16:  # whose products are rounded once, too
+        if weight.dtype != torch.bfloat16:  # products of bfloat16 are rounded once, too
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if input_map is not None:
             wide = wide @ input_map.to(wide)
-        elif gain is not None:
-            wide = wide * gain
+        elif half.before:
+            wide = wide * weights[f"{half.before}.weight"]
         layer[f"{reader}.weight"] = wide.to(weight.dtype)
+    if half.before:
+        layer[f"{half.before}.weight"] = torch.ones_like(weights[f"{half.before}.weight"])
     return layer
+
+
+def with_gain(half: Half, weights: Weights, input_map: Tensor) -> Tensor:
+    """A map (hidden, hidden), followed by the gains of the norm in front of a half."""
+    if half.before is None:
+        return input_map
+    gain = weights[f"{half.before}.weight"]
+    return input_map.to(gain.device) * gain[:, None]
 
 
 def stacked(half: Half, layers: Sequence[Weights], sizes: Tensor | None) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ hidden) each."""
 class Traces(NamedTuple):
     """What a fit needs of text that passed a group."""
 
-    attention_maps: list[Problem]  # one, of maps to what the layers' attention reads, but for the first if it is equal
+    attention_maps: list[Problem]  # one, of maps to what attention reads; without a first layer that reads the same
     attended: States  # the stream in front of the group, plus all that its attention adds to it
     mid_states: list[States]  # for each layer the stream between its halves
     output: States  # the stream after the group

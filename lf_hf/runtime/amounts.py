@@ -15,7 +15,7 @@ JUDGING_PIECES = 16  # pieces of the calibration text that judge groups, beside 
 JUDGING_PART = 4  # one of so many pieces judges groups by themselves
 JUDGED_AT_ONCE = 8  # groups whose predictions are in memory at a time
 SHORT = 2  # all groups that remove at most so many layers are measured
-EXACT_LIMIT, ROUGH_EXACT_LIMIT = 4096, 2048  # up to this size systems are solved in float64, those of rough fits too
+EXACT_LIMIT, ROUGH_EXACT_LIMIT = 4096, 2048  # equations that are solved in float64 at most: of a fit, of a rough one
 STEP_TOKENS = 2048  # of a step of a fused layer's training at least, of all processes together
 EVALUATIONS = 2  # looks of a healing at held-out text, when it keeps its state; one more is before the first step
 LOGITS = 1 << 24  # of a model that exist at a time, about: with a large vocabulary those of few tokens
@@ -31,7 +31,7 @@ TOKEN_STRIDE = 4  # one token in so many decides which channels write most
 def batch_size(length: int, channels: int, batch_bytes: int) -> int:
     """Sequences of so many tokens in a batch, for an MLP of so many channels: as many as its bytes hold.
 
-    Fewer tokens than those of a text's sequence would not use a CPU's products well.
+    It has `PERPLEXITY_LENGTH` tokens at least, as products of fewer do not use a CPU well.
     """
     tokens = max(PERPLEXITY_LENGTH, batch_bytes // (BATCH_COPIES * channels))
     return max(1, tokens // length)

@@ -46,6 +46,13 @@ def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
     assert found == predictions(decoder, ids, states)["text"]
 
 
+def test_a_batch_is_of_512_tokens_however_few_bytes_hold() -> None:
+    decoder = Decoder(make_llama())
+    decoder.batch_bytes = 1
+    sequences = [torch.arange(length) for length in [128] * 9 + [600] * 2]
+    assert [batch.shape for batch in decoder.make_batches(sequences)] == [(4, 128)] * 2 + [(1, 128)] + [(1, 600)] * 2
+
+
 @pytest.mark.usefixtures("few_rows")
 @torch.no_grad()
 def test_figures_are_those_of_whole_forward_passes() -> None:
