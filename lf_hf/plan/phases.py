@@ -298,11 +298,7 @@ class Phases:
         work = Work()
         for inputs in {unknowns, kept}:
             work += Work({self._own_product: tokens**2 * inputs + 4 * tokens * inputs * outputs})
-            flops = tokens**3 // 3 + 2 * tokens**2 * outputs
-            if inputs > kept:  # blocks of the inverse
-                work += Work(solve=flops + tokens**2 * inputs)
-            else:
-                work += Work({"solve" if tokens <= amounts.ROUGH_EXACT_LIMIT else "product": flops})
+            work += Work(solve=tokens**3 // 3 + 2 * tokens**2 * outputs + tokens**2 * inputs * (inputs > kept))
         return size, work
 
 

@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
-from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, add_to_maps, maps_problem, solve_maps, token_weights
+from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, add_to_maps, empty_problem, solve_maps, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
     folded,
@@ -223,7 +223,8 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
 
 def _maps_to(fit: HalfFit, read: Sequence[States], like: Tensor) -> list[Tensor]:
     """Maps from what the half that is made reads to what others read in front of it, on the device of `like`."""
-    problem = maps_problem(fit.decoder, len(read), like, fit.solver)
+    hidden = fit.decoder.config.hidden_size
+    problem = empty_problem(fit.decoder, (len(read) * hidden, hidden), like, fit.solver)
     for state, *targets in zip(fit.states, *read, strict=True):
         add_to_maps(problem, fit.decoder, fit.half, state, targets)
     return [input_map.to(like.device) for input_map in solve_maps(problem, fit.ridge)]

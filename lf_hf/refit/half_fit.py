@@ -39,16 +39,11 @@ def empty_problem(decoder: Decoder, shape: tuple[int, ...], like: Tensor, solver
     return Regression(inputs, outputs, like.device, like.dtype, decoder.processes, solver)
 
 
-def maps_problem(decoder: Decoder, layers: int, like: Tensor, solver: Solver) -> Problem:
-    """A problem, as of `empty_problem`, of maps to what so many layers read, one below the other."""
-    hidden = decoder.config.hidden_size
-    return empty_problem(decoder, (layers * hidden, hidden), like, solver)
-
-
 def add_to_maps(problem: Problem, decoder: Decoder, half: Half, state: Tensor, targets: Sequence[Tensor]) -> None:
     """Add tokens to the problem of maps, near the identity, from what half of a layer reads to what others read.
 
-    `state` and `targets` are the streams in front of the one half and of the others, (sequences B, tokens T, hidden).
+    In its weight they are one below the other. `state` and `targets` are the streams in front of the one half and of
+    the others, (sequences B, tokens T, hidden).
     """
     if half.before:  # the norm gives all tokens the same scale
         token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer
-from lf_hf.refit.half_fit import Problem, add_to_maps, maps_problem
+from lf_hf.refit.half_fit import Problem, add_to_maps, empty_problem
 from lf_hf.refit.layer_parts import after_half, mid_state
 from lf_hf.refit.regression import Solver
 from lf_hf.refit.states import States, new_list
@@ -57,8 +57,8 @@ def trace(
     like = layers[0].mlp.down_proj.weight
     solver = Solver(rough_tokens)
     half = decoder.family.layer_mixer(layers[0])
-    equal = int(states is None)
-    maps = maps_problem(decoder, len(layers) - equal, like, solver)
+    equal, hidden = int(states is None), decoder.config.hidden_size
+    maps = empty_problem(decoder, ((len(layers) - equal) * hidden, hidden), like, solver)
     attended, output = new_list(decoder), new_list(decoder)
     mid_states = [new_list(decoder) for _ in layers]
     for number, of_batch in enumerate(passes):
