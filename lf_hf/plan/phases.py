@@ -252,7 +252,8 @@ class Phases:
         channels = batch * max(compared, heads) * (3 * size + 4)  # gate, up, their product, and it in float32
         inside = channels + max(widened, of_maps, chosen + solving, chosen + of_heads)
         mapped = 2 * compared + joined * (shape.queries + 2 * shape.keys)  # rows of readers
-        work = self._forward(tokens, joined) + times(map_work, 2)
+        work = self._forward(tokens, 0 if rough else joined)  # in choosing layers run once for all groups
+        work += times(map_work, 2)
         work += Work({self._own_product: 2 * hidden**2 * mapped})
         twice = 1 + shape.has_head_norms
         work += Work(layer=2 * tokens * hidden * (shape.queries + 2 * shape.keys) * joined * twice)

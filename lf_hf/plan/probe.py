@@ -1,4 +1,4 @@
-"""How fast a device is at what fusing does, measured in two seconds."""
+"""How fast a device is at what fusing does, measured in about two seconds."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from lf_hf.runtime.numerics import bfloat16_products
 
 Rates = Mapping[str, float]
 """Operations a second, by the names of `Work`."""
+_Run = Callable[[int], torch.Tensor]
+"""Something of a size."""
 
-_PROBED_SECONDS = 0.15  # of each rate, about: in all two seconds at most, with what is too short to count
+_PROBED_SECONDS = 0.15  # of each rate, about: in all two seconds or a little more, with what is too short to count
+_OF_LAYER = 0.3  # so that a wide one has so many tokens that to read its weights takes little of it
 
 
 def probe(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) -> Rates:
-    """Operations a second on a device, by the names of `Work`, in two seconds at most."""
+    """Operations a second on a device, by the names of `Work`, in about two seconds."""
     layer, run_layer = _one_layer(config, device, dtype)
     text = config.get_text_config()
     weight = torch.full((text.vocab_size, text.hidden_size), 0.01, dtype=dtype, device=device)
 
-    def seconds(run: Callable[[int], torch.Tensor], size: int) -> float:
+    def seconds(run: _Run, size: int) -> float:
         start = time.perf_counter()
         run(size).flatten()[:1].float().cpu()  # waits for the device
         return time.perf_counter() - start
 
-    def rate(run: Callable[[int], torch.Tensor], operations: float, power: int, size: int, most: int) -> float:
+    def rate(run: _Run, operations: float, power: int, size: int, most: int, probed: float = _PROBED_SECONDS) -> float:
         """Of what takes `operations` times the `power` of a size, which grows from `size` to `most` at most."""
         seconds(run, size)  # what a first run prepares
-        while (taken := seconds(run, size)) < _PROBED_SECONDS / 2 and size < most:
+        while (taken := seconds(run, size)) < probed / 2 and size < most:
             size *= 2
         return operations * size**power / min(taken, seconds(run, size))
 
@@ -56,7 +59,7 @@ def probe(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) ->
     numbers, side = (1 << 23, 2048) if device.type == "cpu" else (1 << 28, 8192)
     tokens = max(8, numbers // text.vocab_size)
     return {
-        "layer": rate(run_layer, 2 * layer, 1, 16, 4096),
+        "layer": rate(run_layer, 2 * layer, 1, 64, 4096, _OF_LAYER),
         "calls": 1 / min(seconds(run_layer, 1) for _ in range(3)),
         "head": rate(lambda rows: ones(rows, text.hidden_size, dtype) @ weight.T, 2 * weight.numel(), 1, 8, tokens),
         "product": rate(multiply, 2, 3, 256, side),
@@ -66,9 +69,7 @@ def probe(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) ->
     }
 
 
-def _one_layer(
-    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[int, Callable[[int], torch.Tensor]]:
+def _one_layer(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, _Run]:
     """Parameters of a layer, and what runs it on so many tokens."""
     small: Any = copy.deepcopy(config.get_text_config())
     family = family_of(small)
