@@ -18,6 +18,8 @@ import click
 import lf_hf
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
+from lf_hf.inputs.fusion import FusionInputs
+from lf_hf.inputs.healing import HealInputs
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.runtime.launch import OtherProcessError, local_rank, rank, speaks
@@ -177,8 +179,8 @@ def fuse(base: str, out: str, low_memory: bool, dry_run: bool, **given: Any) -> 
     if dry_run:
         from lf_hf.inputs.dry_run import plan_fusion
 
-        plan = plan_fusion(opened, config, out=out, low_memory=low_memory, calibration=calibration)
-        show(_with_options(plan.summary()))
+        inputs = FusionInputs.open(opened, config, calibration, None, {}, low_memory=low_memory)
+        show(_with_options(plan_fusion(inputs, out).summary()))
         return
     # Their notes stand below the table.
     with _without_warnings("lf_hf.measure.dense", "lf_hf.pipeline", "lf_hf.healing.result"):
@@ -220,15 +222,16 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     """
     settings, others = _split(HealSettings, given)
     with _usage_errors():
-        others["settings"] = HealSettings(**settings)
-        others["training_args"] = parse_training_arguments(arg)
+        healing, training_args = HealSettings(**settings), parse_training_arguments(arg)
+    model, text = others.pop("base", None), others.pop("text", None)
     if dry_run:
         from lf_hf.inputs.dry_run import plan_heal
 
-        show(_with_options(plan_heal(fused, out, **others).summary()))
+        inputs = HealInputs.open(fused, model, text, healing, training_args, others)
+        show(_with_options(plan_heal(inputs, out).summary()))
         return
     with _without_warnings("lf_hf.healing.result"):  # its notes stand below the table
-        report = lf_hf.heal(fused, out, **others)
+        report = lf_hf.heal(fused, out, base=model, text=text, settings=healing, training_args=training_args, **others)
     assert report.healed is not None
     show(table(out, *as_table(report.rows())), report.healed.summary())
     show(*map(_with_options, report.notes))

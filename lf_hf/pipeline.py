@@ -227,24 +227,10 @@ def fuse(
     *,
     base: str,
 ) -> FusionReport:
-    """Fuse groups of the dense model's layers in place, and judge what came out.
+    """Fuse groups of the dense model's layers in place, and judge what came out; its report names it `base`.
 
-    Parameters
-    ----------
-    decoder : Decoder
-        Changed: it has `config.num_fusions` fewer layers afterwards, or as many fewer as a budget allows.
-    tokenizer : the model's tokenizer
-    config : FusionConfig
-    measured : Measurements
-        What `measure` found on the same dense model: the layer similarity if `config.averages`, and calibration text if
-        `config.needs_text`.
-    base : str
-        Name of the model, for the report.
-
-    Raises
-    ------
-    ValueError
-        If the model has too few layers, or activations are not finite; the model is unchanged then.
+    The decoder has `config.num_fusions` fewer layers afterwards, or as many fewer as a budget allows. Raises
+    ValueError, with the model unchanged, if it has too few layers or activations are not finite.
     """
     config = for_model(config, decoder.model_config)
     measured = measured.used_by(config)

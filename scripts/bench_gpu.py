@@ -56,7 +56,7 @@ from random_checkpoint import add_shape, llama_config, write_checkpoint
 from transformers import LlamaConfig
 
 from lf_hf import FusionConfig, fuse_checkpoint
-from lf_hf.inputs.dry_run import plan_fusion
+from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.measure import speed
 from lf_hf.plan.plan import Plan
 from lf_hf.text.calibration import BUNDLED
@@ -97,10 +97,10 @@ def fused(base: str, options: argparse.Namespace, method: str, selection: str, p
     given |= {"calibration_tokens": options.tokens, "perplexity_tokens": 0}
     if method == "healed":
         given["heal_tokens"] = options.heal_tokens
-    where = {"calibration": BUNDLED, "device_map": options.device, "max_memory": places}
-    plan = plan_fusion(base, FusionConfig(**given), **where).plan
+    where = {"device_map": options.device, "max_memory": places}
+    plan = FusionInputs.open(base, FusionConfig(**given), BUNDLED, None, dict(where)).check()
     with tempfile.TemporaryDirectory(dir=Path(base).parent) as out:
-        report = fuse_checkpoint(base, out, **given, **where)
+        report = fuse_checkpoint(base, out, calibration=BUNDLED, **given, **where)
     figures: Figures = {"groups": [sorted(group) for group in report.groups], "planned": plan.peak}
     for phase, name in PHASES.items():
         is_of_text = phase != "measure" or method == "refit"  # a plan counts what is healed on there, too

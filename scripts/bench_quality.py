@@ -324,8 +324,8 @@ def tiny_model(model_type: str, tokenizer: PreTrainedTokenizerBase, text: str, m
 def smallest_window(model: CausalLM) -> float:
     """How many tokens, with its own, a token attends to at most in some layer."""
     family = family_of(model.config)
-    windows = [family.layer_window(model.config, layer) for layer in model.model.layers]
-    return min((window for window in windows if window is not None), default=math.inf)
+    has_window = any(family.has_window(model.config, layer) for layer in model.model.layers)
+    return model.config.sliding_window if has_window else math.inf
 
 
 def read_halves(path: Path) -> tuple[str, str]:

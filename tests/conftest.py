@@ -24,8 +24,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lf_hf import FusedLlamaForCausalLM
+from lf_hf import FusedLlamaForCausalLM, FusionConfig
 from lf_hf.decoder.decoder import Decoder
+from lf_hf.inputs.dry_run import DryRun, plan_fusion
+from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.measure import judge, speed
 from lf_hf.text.hub import GENERAL
 
@@ -49,6 +51,14 @@ def make_texts(count: int = 57, seed: int = 0) -> list[str]:
     """Short random sentences of different lengths."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(3, 20))) + f" {n}." for n in range(count)]
+
+
+def dry_run(
+    base: str | Path, config: FusionConfig, *, calibration: Any = None, low_memory: bool = False, **given: Any
+) -> DryRun:
+    """What is said of what `fuse_checkpoint` would do with these arguments."""
+    out = given.pop("out", None)
+    return plan_fusion(FusionInputs.open(base, config, calibration, None, given, low_memory=low_memory), out)
 
 
 def files(folder: Path) -> dict[str, bytes]:

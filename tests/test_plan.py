@@ -13,14 +13,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, make_texts, make_tokenizer, pickled, save_base
+from conftest import TINY, dry_run, make_texts, make_tokenizer, pickled, save_base
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lf_hf import FusionConfig, HealSettings, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
-from lf_hf.inputs.dry_run import DryRun, plan_fusion
+from lf_hf.inputs.dry_run import DryRun
 from lf_hf.plan.machine import Machine, read_max_memory
 from lf_hf.plan.plan import NoRoom, Plan, plan
 from lf_hf.plan.probe import probe
@@ -37,7 +37,7 @@ def test_a_fusion_does_what_its_plan_says(
 ) -> None:
     texts, base = make_texts(100), family_base(model_type, **shape)
     config = FusionConfig(2, method, calibration_tokens=1024, perplexity_tokens=512)
-    said = plan_fusion(base, config, calibration=texts).summary()
+    said = dry_run(base, config, calibration=texts).summary()
     report = fuse_checkpoint(base, tmp_path / "out", config, calibration=texts)
     assert "layers: 6 -> 4 (-33.3%)" in said and (report.layers_before, report.layers_after) == (6, 4)
     assert f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} (" in said
@@ -56,14 +56,14 @@ def test_a_base_whose_config_names_no_dtype_is_planned_as_it_is_stored(tmp_path:
     base = Path(save_base(tmp_path, tiny_model("llama", dtype=torch.bfloat16)))
     file = base / "config.json"
     file.write_text(file.read_text().replace('"dtype"', '"formerly"'))
-    said = plan_fusion(base, FusionConfig(2, "truncate"), calibration=make_texts(100)).summary()
+    said = dry_run(base, FusionConfig(2, "truncate"), calibration=make_texts(100)).summary()
     assert ", as bfloat16" in said and f"bytes on disk: {weights_size(base):,} -> " in said
 
 
 @pytest.mark.parametrize("low_memory", [True, False])
 def test_a_budget_has_a_plan_for_one_fusion(base: str, low_memory: bool) -> None:
     config = FusionConfig(method="refit" if low_memory else "healed", max_divergence=0.1)
-    plan = plan_fusion(base, config, calibration=make_texts(3000), low_memory=low_memory)
+    plan = dry_run(base, config, calibration=make_texts(3000), low_memory=low_memory)
     assert 0 < plan.plan.peak["cpu"] < 1 << 31 and "layers: 5 -> 4 " in plan.summary()
     assert "as the budget allows" in plan.summary() and ("healing: on" in plan.summary()) == (not low_memory)
 
@@ -73,7 +73,7 @@ def test_it_reads_no_weights_and_each_text_once(base: str, tmp_path: Path, monke
     monkeypatch.setattr(Base, "content_files", None)
     monkeypatch.setattr("lf_hf.inputs.fusion.load_corpus", loading := Mock(wraps=load_corpus))
     config = FusionConfig(1, "truncate", heal_tokens=2048)
-    assert "healing: on" in plan_fusion(base, config, out=tmp_path, calibration=make_texts(200)).summary()
+    assert "healing: on" in dry_run(base, config, out=tmp_path, calibration=make_texts(200)).summary()
     assert loading.call_count == 1
 
 
@@ -96,7 +96,7 @@ def test_it_refuses_what_fusing_refuses(
     given: dict[str, Any] = {"num_fusions": 1, "base": base, "out": "out", "low_memory": False} | arguments
     given["config"] = FusionConfig(**{name: given.pop(name) for name in FusionConfig.known if name in given})
     with pytest.raises((ValueError, OSError), match=r"\.$") as planning:
-        plan_fusion(**given)
+        dry_run(**given)
     with pytest.raises(planning.type, match=f"^{re.escape(str(planning.value))}$"):
         fuse_checkpoint(**given)
 
@@ -111,7 +111,7 @@ def test_a_large_model_that_is_not_downloaded_yet_is_planned(tmp_path: Path) -> 
 
     def plan(method: str = "truncate", **given: Any) -> DryRun:
         config = FusionConfig(4, method, perplexity_tokens=0)
-        return plan_fusion("you/model", config, cache_dir=str(tmp_path), **given)
+        return dry_run("you/model", config, cache_dir=str(tmp_path), **given)
 
     four = plan()
     assert "32 -> 28 (-12.5%)" in four.summary() and "8,030,261,248 -> 7,157,813,248 (-10.9%)" in four.summary()
@@ -133,7 +133,7 @@ def test_a_torch_that_was_built_for_cards_takes_the_cpu_where_there_is_none(
     fuse_checkpoint(make_base(), tmp_path / "out", num_fusions=1, method="truncate", perplexity_tokens=0)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.device.type == "cpu" and model.config.num_hidden_layers == TINY["num_hidden_layers"] - 1
-    assert plan_fusion(make_base(), FusionConfig(1, "healed"), device_map="auto").plan.device == "cpu"
+    assert dry_run(make_base(), FusionConfig(1, "healed"), device_map="auto").plan.device == "cpu"
     assert list(read_max_memory({0: "24GiB", "cpu": "8GiB"})) == ["cuda:0", "cpu"]  # a card of another machine
 
 
@@ -143,13 +143,13 @@ def test_what_a_user_should_know_is_noted(
     config, out = FusionConfig(1, "truncate", perplexity_tokens=0), tmp_path / "out"
     monkeypatch.setattr("lf_hf.plan.machine.computes_bfloat16", lambda: False)
     base = make_base(dtype=torch.bfloat16)
-    assert plan_fusion(base, config, out=out, dtype="float32").notes == []
+    assert dry_run(base, config, out=out, dtype="float32").notes == []
     pickled(Path(shutil.copytree(base, tmp_path / "pickled")))
-    assert plan_fusion(tmp_path / "pickled", config, use_safetensors=False, dtype="float32").notes == []
+    assert dry_run(tmp_path / "pickled", config, use_safetensors=False, dtype="float32").notes == []
     fuse_checkpoint(base, out, config)
     assert "no instructions for bfloat16" in caplog.text
     caplog.clear()
-    said = plan_fusion(base, config, out=out).summary()
+    said = dry_run(base, config, out=out).summary()
     assert f"note: {str(out)!r} holds a fused model, which would be replaced." in said
     assert "This CPU has no instructions for bfloat16" in caplog.text
 

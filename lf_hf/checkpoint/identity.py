@@ -32,16 +32,8 @@ _MEANING = {
 
 
 def identity(base: str, settings: Mapping[str, Any], text: str, **others: object) -> dict[str, str]:
-    """Identity of a fusion or a healing.
-
-    Parameters
-    ----------
-    base, text : str
-        `files_digest` and `text_digest`.
-    settings : dict
-        The settings in effect: `FusionConfig.in_effect()`, `HealSettings.in_effect()` or some of them.
-    **others
-        What the result depends on besides, such as `dtype`.
+    """Identity of a fusion or a healing, of the `files_digest` of its base, its settings in effect, the `text_digest`
+    of its text and what else the result depends on.
     """
     decisive = {name: value for name, value in settings.items() if name != "speed"}
     found = {"base": base, "text": text, "algorithm": ALGORITHM, "settings": json.dumps(decisive, sort_keys=True)}

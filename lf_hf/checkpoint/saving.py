@@ -43,7 +43,6 @@ _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: nam
 _LARGE = 1 << 24  # bytes
 _OBJECT = TypeAdapter(dict[str, Any])  # of JSON
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
-_ATTEMPTS = 20  # to lock a folder that others remove; two are rare
 _WHOLE_TOKENIZER = {"tokenizer.json", TOKENIZER_CONFIG_FILE, "tokenizer.model"}  # what may be one, with its config
 _TOKENIZER = {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"}
 _TOKENIZER |= _WHOLE_TOKENIZER
@@ -102,9 +101,13 @@ def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """
     lock = FileLock(folder / _LOCK)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    seconds = -1 if wait else _LOCK_SECONDS
     try:
         with _explained(folder):
-            _acquire(lock, folder, -1 if wait else _LOCK_SECONDS)
+            try:
+                lock.acquire(timeout=seconds)  # which makes the folder
+            except FileNotFoundError:  # another process, which wrote nothing, has just removed it
+                lock.acquire(timeout=seconds)
         yield
     finally:
         with suppress(Timeout, OSError):
@@ -115,17 +118,6 @@ def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
         with suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
-
-
-def _acquire(lock: FileLock, folder: Path, seconds: float) -> None:
-    """Make a folder and lock it, waiting so long, or without end for -1."""
-    for _ in range(_ATTEMPTS):
-        with suppress(FileNotFoundError):  # another process, which wrote nothing, has just removed the folder
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=seconds)
-            return
-    folder.mkdir(parents=True, exist_ok=True)  # of which the system says why it cannot be made
-    lock.acquire(timeout=seconds)
 
 
 @contextmanager

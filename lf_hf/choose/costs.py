@@ -27,8 +27,6 @@ from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, 
 from lf_hf.runtime.launch import ALONE
 from lf_hf.runtime.progress import progress
 
-_LAYERS_OF_A_FIT = 16  # that what judges runs through in the time that a rough fit takes for a layer of a group
-
 
 class GroupText(NamedTuple):
     """Sequences that groups are fitted to, and pieces that judge them: int64 tensors of shape (tokens T,).
@@ -59,17 +57,6 @@ def split_text(calibration: CalibrationText, num_fitted: int) -> GroupText:
     return text
 
 
-def share_groups(groups: Collection[Group], num_layers: int, count: int) -> list[list[Group]]:
-    """Groups of the layers of a model in `count` shares that take about the same time to measure."""
-
-    def load(group: Group) -> tuple[int, Group]:
-        first, last = group
-        return _LAYERS_OF_A_FIT * (last - first + 1) + num_layers - last, group
-
-    by_load = sorted(groups, key=load, reverse=True)
-    return [by_load[n :: 2 * count] + by_load[2 * count - 1 - n :: 2 * count] for n in range(count)]
-
-
 _Traced = tuple[DecoderLayer, States]
 """A layer of the dense model, and its states of the text to fit to between attention and MLP."""
 
@@ -90,25 +77,13 @@ class GroupCosts:
 
     Processes of a launch each measure some of them, on all of the text. So costs are those that one process alone
     finds, up to rounding, and all processes have the same.
-
-    Parameters
-    ----------
-    decoder : Decoder
-        The dense model.
-    text : GroupText
-    ridge : float
-        Of the fits.
-
-    Attributes
-    ----------
-    decoder : Decoder
-        The dense model, by itself in each process.
-    boundaries : list of States
-        All text before each of its layers and after the last one.
-    by_group : dict
-        Costs of groups that were measured, to which those of another computation may be added. They are inf where
-        predictions cannot be computed.
     """
+
+    decoder: Decoder  # the dense model, by itself in each process
+    boundaries: list[States]  # all text before each of its layers and after the last one
+    by_group: dict[Group, float]
+    """Costs of groups that were measured, to which those of another computation may be added. They are inf where
+    predictions cannot be computed."""
 
     def __init__(self, decoder: Decoder, text: GroupText, ridge: float) -> None:
         self.processes = decoder.processes
@@ -132,8 +107,9 @@ class GroupCosts:
 
         Costs by themselves only propose sets, so less text judges than in `measure_sets`.
         """
-        share = share_groups(groups, self.decoder.num_layers, self.processes.world_size)[self.processes.rank]
-        costs = self._measure_shares([(group,) for group in share], self._judging_groups)
+        by_load = sorted(groups, key=lambda group: (group[1] - group[0], group))  # shares then take about as long
+        share = self.processes.shard([(group,) for group in by_load])
+        costs = self._measure_shares(share, self._judging_groups)
         self.by_group |= {group: cost for (group,), cost in costs.items()}
 
     def measure_sets(self, sets: Sequence[Groups]) -> dict[Groups, float]:

@@ -15,12 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    causal_mask_function,
-    sliding_window_causal_mask_function,
-)
-from transformers.utils.generic import is_flash_attention_requested
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from lf_hf.decoder.placement import bring_in, execution_device, is_offloaded, named_values, offload, sharing_copy, value
 from lf_hf.families.models import (
@@ -289,65 +284,37 @@ class Decoder:
         batches = (torch.stack([sequences[n] for n in numbers]) for numbers in self.batch_indices(sequences))
         return [to_device(batch, self.device) for batch in batches]
 
-    def layer_inputs(
-        self, hidden_states: Tensor, layer: DecoderLayer, past: int = 0, padding: tuple[int, ...] = ()
-    ) -> dict[str, Any]:
+    def layer_inputs(self, hidden_states: Tensor, layer: DecoderLayer, past: int = 0) -> dict[str, Any]:
         """What a layer takes besides hidden states (sequences B, tokens T, hidden): mask, positions, rotary embeddings.
 
-        The tokens come after `past` others, which are in a cache. `padding` is how many tokens of each sequence come
-        before its text.
+        The tokens come after `past` others, which are in a cache; there is one token then.
         """
         num_tokens, device = hidden_states.shape[1], hidden_states.device
-        shape = num_tokens, past, padding, device, hidden_states.dtype
+        shape = num_tokens, past, device, hidden_states.dtype
         if shape != self._inputs_shape:
             self._inputs_shape, self._inputs = shape, {}
         layer_kind = self.family.layer_kind(layer)
         kind = tuple(layer_kind.values())
         if kind not in self._inputs:
-            position_ids = torch.arange(past, past + num_tokens, device=device)[None]  # (1 or B, T)
-            is_text = None
-            if padding:
-                starts = torch.tensor(padding, device=device)[:, None]
-                position_ids = (position_ids - starts).clamp(min=0)
-                is_text = torch.arange(past + num_tokens, device=device) >= starts  # (B, keys)
+            position_ids = torch.arange(past, past + num_tokens, device=device)[None]  # (1, T)
             layer_types = [layer_kind["layer_types"]] if self.family.rotary_of_type else []
             cos, sin = self.rotary_emb(hidden_states, position_ids, *layer_types)
             self._inputs[kind] = {
-                "attention_mask": self._mask(hidden_states, layer, past, is_text),
+                "attention_mask": self._mask(hidden_states, layer),
                 "position_ids": position_ids,
                 # A model that is spread over devices makes them on one.
                 "position_embeddings": (cos.to(device), sin.to(device)),
             }
         return self._inputs[kind]
 
-    def _mask(self, states: Tensor, layer: DecoderLayer, past: int, is_text: Tensor | None) -> Tensor | None:
-        """A layer's mask of the kind that its attention takes; None where that needs none.
-
-        `is_text` (B, keys) says which tokens are no padding, if there is some.
-        """
-        if self.family.layer_mixer(layer) is self.family.linear:
-            return None if is_text is None else is_text[:, past:]
-        if is_flash_attention_requested(self.config):  # which is causal by itself, and knows windows
-            return is_text
-        num_tokens, end = states.shape[1], past + states.shape[1]
-        window = self.family.layer_window(self.config, layer)
-        if window is not None and window >= end:
-            window = None
-        if num_tokens == 1 and window is None and is_text is None:
+    def _mask(self, states: Tensor, layer: DecoderLayer) -> Tensor | None:
+        """A layer's mask of the kind that its attention takes; None where that needs none, as one token does not."""
+        if states.shape[1] == 1 or self.family.layer_mixer(layer) is self.family.linear:
             return None
-        seen = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-        mask: Any = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        return mask(
-            batch_size=1 if is_text is None else len(is_text),
-            q_length=num_tokens,
-            kv_length=end,
-            q_offset=past,
-            mask_function=seen,
-            attention_mask=is_text,
-            local_size=window,
-            dtype=states.dtype,
-            device=states.device,
-        )
+        has_window = self.family.has_window(self.config, layer)
+        make_mask = create_sliding_window_causal_mask if has_window else create_causal_mask
+        mask: Tensor | None = make_mask(self.config, states[:1], None, None)  # one for all sequences
+        return mask
 
     def run_layer(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
         """A layer's output for sequences of one length: (B, tokens T, hidden) -> (B, tokens T, hidden)."""

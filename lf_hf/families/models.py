@@ -32,10 +32,7 @@ MODEL_TYPES = (*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPIN
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a model, or of the decoder in one of images and text, also of one that was fused, by its config.
 
-    Raises
-    ------
-    ValueError
-        For any other model, such as a mixture of experts, with what to do instead where something is known.
+    Raises ValueError for any other model, such as a mixture of experts, with what to do instead where that is known.
     """
     if is_wrapper(config):
         config = config.get_text_config()

@@ -247,11 +247,10 @@ class Family:
         with torch.device("meta"):
             return self.decoder_layer(config, layer_idx=0)
 
-    def layer_window(self, config: PretrainedConfig, layer: DecoderLayer) -> int | None:
-        """How many tokens, with its own, a layer's token attends to at most."""
-        if self.layer_kind(layer).get("layer_types") == "sliding_attention":
-            return config.sliding_window
-        return getattr(config, self.window, None)
+    def has_window(self, config: PretrainedConfig, layer: DecoderLayer) -> bool:
+        """Whether a layer's tokens attend to some of those before them alone."""
+        is_sliding = self.layer_kind(layer).get("layer_types") == "sliding_attention"
+        return is_sliding or getattr(config, self.window, None) is not None
 
     def first_states(self, config: PretrainedConfig, embedded: Tensor, *, rows: bool = False) -> Tensor:
         """What the first layer reads, from what the embedding gives, or from plain rows of its table."""

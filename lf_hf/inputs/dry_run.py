@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.saving import WORK, check_replaceable, checked_folder
 from lf_hf.checkpoint.weights import tensor_types
 from lf_hf.inputs.fusion import FusionInputs
@@ -15,8 +12,6 @@ from lf_hf.inputs.healing import HealInputs
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.memory import in_gib
 from lf_hf.runtime.words import plural
-from lf_hf.settings import FusionConfig, HealSettings
-from lf_hf.text.sources import TextSource
 
 FilePath = str | os.PathLike[str]
 
@@ -36,21 +31,12 @@ class DryRun:
         return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def plan_fusion(
-    base: FilePath | Base,
-    config: FusionConfig,
-    *,
-    out: FilePath | None = None,
-    low_memory: bool = False,
-    calibration: TextSource | None = None,
-    **kwargs: Any,
-) -> DryRun:
-    """Say what `fuse_checkpoint` with these arguments would do and take.
+def plan_fusion(inputs: FusionInputs, out: FilePath | None = None) -> DryRun:
+    """Say what `fuse_checkpoint` of these inputs would do and take.
 
     Raises ValueError for what `fuse_checkpoint` would refuse before long work, and OSError if the disk of `out` has no
     room for the result.
     """
-    inputs = FusionInputs.open(base, config, calibration, None, kwargs, low_memory=low_memory)
     config, opened = inputs.config, inputs.base
     notes = []
     if out is not None and check_replaceable(out, opened.name):
@@ -86,22 +72,12 @@ def plan_fusion(
     return DryRun(f"{opened.full_name} with {config.method}, {how_many}", lines, plan, notes)
 
 
-def plan_heal(
-    fused: FilePath,
-    out: FilePath,
-    *,
-    base: FilePath | Base | None = None,
-    text: TextSource | None = None,
-    settings: HealSettings | None = None,
-    training_args: Mapping[str, Any] | None = None,
-    **kwargs: Any,
-) -> DryRun:
-    """Say what `heal` with these arguments would do and take. Neither model's weights are read.
+def plan_heal(inputs: HealInputs, out: FilePath) -> DryRun:
+    """Say what `heal` of these inputs would do and take. Neither model's weights are read.
 
     Raises what `heal` would raise before the training; but not for a base with other weights than the one that was
     fused, nor for an earlier run in `out` that cannot go on.
     """
-    inputs = HealInputs.open(fused, base, text, settings, training_args, kwargs)
     folder = checked_folder(out)
     notes = [_replaced(out)] if inputs.check_target(folder) else []
     plan = inputs.check(folder)

@@ -50,13 +50,8 @@ def check_family_entry(config: PretrainedConfig) -> None:
     """Compare a tiny model of the same config with what fusing takes its layers to compute; some milliseconds.
 
     Each layer is fitted to what it does itself, which has to give the same layer. The model is in float64, so that no
-    setting of float32 products matters.
-
-    Raises
-    ------
-    ValueError
-        If anything differs, as with a config that changes layers in a way that the table does not know, or if there
-        is no such family.
+    setting of float32 products matters. Raises ValueError if anything differs, as with a config that changes layers in
+    a way that the table does not know, or if there is no such family.
     """
     family = family_of(config)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -125,13 +125,8 @@ def measure(
 ) -> Measurements:
     """Measure perplexity, and layer similarity where there are samples; tokenize calibration text where there is any.
 
-    Fusions with `config.averages` use samples, and those with `config.needs_text` a corpus.
-
-    Raises
-    ------
-    ValueError
-        If the model cannot be fused, there are too few samples or too little text, or weights or activations are not
-        finite.
+    Fusions with `config.averages` use samples, and those with `config.needs_text` a corpus. Raises ValueError if the
+    model cannot be fused, there are too few samples or too little text, or weights or activations are not finite.
     """
     parameters = check_model(decoder)
     clock, processes = Clock(), decoder.processes

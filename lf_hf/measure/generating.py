@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder, Head
 from lf_hf.runtime.amounts import WRITTEN_TOGETHER
@@ -99,7 +99,7 @@ def _sample_sequences(
     tokens = starts[:, 0].clone()
     for row, chat in chats.items():
         tokens[row] = chat.next()
-    written, cache = [tokens], _new_cache(decoder)
+    written, cache = [tokens], DynamicCache(config=decoder.config)
     head = decoder.head()
     for position in progress(range(points.shape[1]), desc="Writing text", unit="token"):
         logits = _next_logits(decoder, head, cache, tokens[:, None])
@@ -148,32 +148,27 @@ def _sample_tokens(logits: Tensor, points: Tensor) -> Tensor:
     return torch.cat(sampled)
 
 
-@torch.no_grad()
 def continue_prompts(decoder: Decoder, prompts: Sequence[Tensor], count: int) -> list[Tensor]:
     """The next `count` token ids of each prompt (tokens T_i,), the most likely one each time. None ends early."""
-    tokens = pad_sequence(list(prompts), batch_first=True, padding_side="left")  # (B, T), then (B, 1)
-    padding = tuple(tokens.shape[1] - len(prompt) for prompt in prompts)
-    written, cache = list[Tensor](), _new_cache(decoder)
-    head = decoder.head()
-    for _ in range(count):
-        logits = _next_logits(decoder, head, cache, tokens, padding)
-        tokens = logits.argmax(-1, keepdim=True)
-        written.append(tokens)
-    return list(torch.cat(written, dim=1).cpu())
+    is_text = [torch.ones_like(prompt) for prompt in prompts]
+    tokens, mask = (
+        pad_sequence(list(rows), batch_first=True, padding_side="left").to(decoder.device)
+        for rows in (prompts, is_text)
+    )
+    model = decoder.model
+    own, model.generation_config = model.generation_config, GenerationConfig()  # which has no end, and no penalties
+    try:
+        written = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=count)
+    finally:
+        model.generation_config = own
+    return list(written[:, tokens.shape[1] :].cpu())
 
 
-def _new_cache(decoder: Decoder) -> DynamicCache:
-    """An empty cache. Of attention it keeps all tokens, windows or not, as the decoder's masks are for all of them."""
-    return DynamicCache(config=decoder.config) if decoder.family.linear else DynamicCache()
-
-
-def _next_logits(
-    decoder: Decoder, head: Head, cache: DynamicCache, tokens: Tensor, padding: tuple[int, ...] = ()
-) -> Tensor:
-    """Logits (sequences B, vocab) of what follows `tokens` (B, T), which themselves follow those in the cache."""
-    [states] = decoder.embed([tokens])  # (B, T, hidden)
+def _next_logits(decoder: Decoder, head: Head, cache: DynamicCache, tokens: Tensor) -> Tensor:
+    """Logits (sequences B, vocab) of what follows `tokens` (B, 1), which themselves follow those in the cache."""
+    [states] = decoder.embed([tokens])  # (B, 1, hidden)
     past = cache.get_seq_length()
     cached = {decoder.family.cache_argument: cache}
     for layer in decoder.layers(range(decoder.num_layers)):
-        states = layer(states, **decoder.layer_inputs(states, layer, past, padding), **cached)
-    return head(states[:, -1:])[:, 0]
+        states = layer(states, **decoder.layer_inputs(states, layer, past), **cached)
+    return head(states)[:, 0]

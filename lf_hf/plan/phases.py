@@ -179,7 +179,8 @@ class Phases:
         pieces = of_text + _OTHER_PIECES
         judging = pieces * amounts.JUDGING_LENGTH  # of sets; a part of it judges groups
         judging_groups = judging // amounts.JUDGING_PART + 2 * amounts.JUDGING_LENGTH  # by twos
-        trials = amounts.num_trials(self.config.calibration_tokens)
+        # No more sets than there are ways to join so many layers, of which neither the first nor the last is one.
+        trials = min(amounts.num_trials(self.config.calibration_tokens), math.comb(shape.layers - 3, self.fusions))
         short = sum(shape.layers - 2 - more for more in range(1, min(self.fusions, amounts.SHORT) + 1))
         measured = short + trials  # and those of the sets, of which about one is new in each
         stride = amounts.judged_stride(shape.vocab)

@@ -20,6 +20,7 @@ _Run = Callable[[int], torch.Tensor]
 """Something of a size."""
 
 _PROBED_SECONDS = 0.15  # of each rate, about: in all two seconds or a little more, with what is too short to count
+_PART_OF_VOCAB = 1 << 15  # rows of a head: with all of them there would be few tokens, and to read them take longest
 _OF_LAYER = 0.3  # so that a wide one has so many tokens that to read its weights takes little of it
 
 
@@ -27,7 +28,9 @@ def probe(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) ->
     """Operations a second on a device, by the names of `Work`, in about two seconds."""
     layer, run_layer = _one_layer(config, device, dtype)
     text = config.get_text_config()
-    weight = torch.full((text.vocab_size, text.hidden_size), 0.01, dtype=dtype, device=device)
+    hidden, vocab = text.hidden_size, text.vocab_size
+    part = min(vocab, _PART_OF_VOCAB)
+    weight = torch.full((part, hidden), 0.01, dtype=dtype, device=device)
 
     def seconds(run: _Run, size: int) -> float:
         start = time.perf_counter()
@@ -55,16 +58,15 @@ def probe(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) ->
     def ones(rows: int, columns: int = 1, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.ones(rows, columns, dtype=kind, device=device)
 
-    # At most, as a plan is no reason to take memory: numbers at a time, tokens of them, and the side of a square.
+    # At most, as a plan is no reason to take memory: numbers at a time, and the side of a square.
     numbers, side = (1 << 23, 2048) if device.type == "cpu" else (1 << 28, 8192)
-    tokens = max(8, numbers // text.vocab_size)
     return {
         "layer": rate(run_layer, 2 * layer, 1, 64, 4096, _OF_LAYER),
         "calls": 1 / min(seconds(run_layer, 1) for _ in range(3)),
-        "head": rate(lambda rows: ones(rows, text.hidden_size, dtype) @ weight.T, 2 * weight.numel(), 1, 8, tokens),
+        "head": rate(lambda rows: ones(rows, hidden, dtype) @ weight.T, 2 * weight.numel(), 1, 8, numbers // part),
         "product": rate(multiply, 2, 3, 256, side),
         "solve": rate(solve, 4 / 3, 3, 256, min(side, 4096)),
-        "logits": rate(lambda rows: ones(rows, text.vocab_size).log_softmax(-1), text.vocab_size, 1, 1, tokens),
+        "logits": rate(lambda rows: ones(rows, vocab).log_softmax(-1), vocab, 1, 1, numbers // vocab),
         "bytes": rate(lambda size: ones(size).clone(), 12, 1, 1 << 18, numbers),
     }
 

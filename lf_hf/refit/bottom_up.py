@@ -34,14 +34,8 @@ def fit_groups(
     After its fit a layer is trained by itself, unless that makes it worse on held-out text. Where a layer of the group,
     as it is, comes nearer to what the group does to held-out text, it is taken instead.
 
-    Parameters
-    ----------
-    dense : Decoder
-        The dense model, which is not changed.
-    groups : sequence of Group, in ascending order
-    sequences, held_out : sequences of int64 tensors of shape (tokens T,)
-        Calibration text, and text that nothing is fitted to; there may be none of the latter.
-    ridge : float
+    Groups are in ascending order, and the dense model is not changed. Sequences of calibration text, and of held-out
+    text, of which there may be none, have the shape (tokens T,).
     """
     judge = _HeldOutText(dense, held_out)
     steps = training_steps(dense, sequences) if held_out else None

@@ -59,27 +59,15 @@ def fit_group(
 ) -> MadeLayer:
     """Fit one layer to do to `states` what a group of layers did to theirs.
 
-    Parameters
-    ----------
-    decoder : Decoder
-    layers : list of DecoderLayer
-        The group. The list is emptied, so that layers which nobody else holds are freed.
-    traces : Traces
-        Of calibration text that passed the group; its lists are emptied as they are used. A rough fit keeps the largest
-        channels, chooses key-value groups in one round, and fits once in front of norms: many times faster, and good
-        enough to compare groups.
-    states : sequence of tensors of shape (sequences B, tokens T, hidden)
-        The same text in front of the layer that is made.
-    ridge : float
-    first : int
-        Number of the group's first layer, for the report.
+    `traces` are of calibration text that passed the group, and `states` (sequences B, tokens T, hidden) the same text
+    in front of the layer that is made. The list of layers, whose first has the number `first`, is emptied, and so are
+    those of the traces as they are used: what nobody else holds is freed.
 
-    Raises
-    ------
-    FitOverflow
-        If a weight that was fitted, or what it is fitted to, is beyond its dtype.
-    ValueError
-        If the text is too little for a fit that is stable.
+    A rough fit keeps the largest channels, chooses key-value groups in one round, and fits once in front of norms: many
+    times faster, and good enough to compare groups.
+
+    Raises FitOverflow if a weight that was fitted, or what it is fitted to, is beyond its dtype, and ValueError if the
+    text is too little for a fit that is stable.
     """
     family, device = decoder.family, layers[0].mlp.down_proj.weight.device
     kinds = [family.layer_kind(layer) for layer in layers]

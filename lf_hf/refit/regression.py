@@ -88,13 +88,8 @@ class Solution(NamedTuple):
 class LeastSquares:
     """A weighted problem y = W x, in float32 at least, and on the CPU where a device, Apple's mps, has no float64.
 
-    Parameters
-    ----------
-    device : torch.device
-    dtype : torch.dtype
-        In which x and y are computed. Sums are of bfloat16 products where this is bfloat16.
-    solver : Solver, optional
-        That of the fit which the problem is a part of.
+    x and y are computed in `dtype`; where that is bfloat16, sums are of bfloat16 products. `solver` is that of the fit
+    which the problem is a part of.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, solver: Solver | None) -> None:
@@ -119,14 +114,7 @@ class LeastSquares:
 class Regression(LeastSquares):
     """Sums of a problem over tokens, from which W and its error follow.
 
-    Parameters
-    ----------
-    inputs, outputs : int
-        How many numbers x and y have.
-    device, dtype, solver
-        As in `LeastSquares`.
-    processes : Processes
-        Those that each add a share of the tokens, and then solve the same problem.
+    Some processes may each add a share of the tokens, and then solve the same problem.
 
     Attributes
     ----------

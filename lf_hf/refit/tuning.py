@@ -38,16 +38,8 @@ def tune(
 ) -> dict[str, Tensor]:
     """The parameters of a layer after training it to turn `states` into `targets`, by the layer's own names.
 
-    By AdamW on squared errors, weighted as in fits.
-
-    Parameters
-    ----------
-    decoder : Decoder
-    layer : DecoderLayer
-    states, targets : sequences of tensors of shape (sequences B, tokens T, hidden)
-        The stream in front of the layer, and as it should be after it: this process's share of the text.
-    steps : Steps
-        What `training_steps` gives for this text.
+    By AdamW on squared errors, weighted as in fits. `states` and `targets` (sequences B, tokens T, hidden) are the
+    stream in front of the layer, and as it should be after it: this process's share of the text that `steps` are of.
     """
     device = layer.mlp.down_proj.weight.device
     dtype = layer.mlp.down_proj.weight.dtype

@@ -59,6 +59,4 @@ def give_back_freed(*, from_now_on: bool = False) -> None:
 
 def in_gib(size: float) -> str:
     """A number of bytes, for people."""
-    if size > 2**50:
-        return "more than 1024 TiB"
     return f"{size / 2**30:.1f} GiB" if size > 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

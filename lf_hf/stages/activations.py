@@ -24,15 +24,7 @@ _ROUNDING = 64 * torch.finfo(torch.float64).eps  # relative error of sums of pro
 
 
 def pairwise_distances(states: Sequence[Tensor]) -> Tensor:
-    """Frobenius distances between samples, shorter ones taken as zero-padded at the end.
-
-    Parameters
-    ----------
-    states : N tensors of shape (tokens T_i, hidden)
-
-    Returns
-    -------
-    float64 tensor of shape (samples N, samples N)
+    """Frobenius distances between N samples (tokens T_i, hidden), shorter ones taken as zero-padded at the end.
 
     Squared distances come from a Gram matrix, accumulated over positions in float64. Each position is
     centred over the samples first: that leaves distances as they are and keeps the large component that all
@@ -53,22 +45,10 @@ def pairwise_distances(states: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def sample_distances(decoder: Decoder, samples: Sequence[Tensor]) -> tuple[NDArray[np.float64], list[float]]:
-    """Distances between all samples at the output of every layer, and how much each changes the residual stream.
+    """Distances between N samples, token ids (tokens T_i,), at the output of every layer, (layers L, N, N), and how
+    much each layer changes the residual stream.
 
-    Parameters
-    ----------
-    decoder : Decoder
-    samples : N tensors of token ids of shape (tokens T_i,)
-
-    Returns
-    -------
-    float64 array of shape (layers L, samples N, samples N)
-    list of L floats
-
-    Raises
-    ------
-    ValueError
-        If a layer's output contains NaN or inf; the layer is named.
+    Raises ValueError if a layer's output contains NaN or inf; the layer is named.
     """
     distances, sums_of_layers = [], []
     batches = decoder.make_batches(samples)

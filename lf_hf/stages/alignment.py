@@ -60,23 +60,11 @@ def match_neurons(
 
     Closest in the sense of `assignment.row_costs`, summed over the matrices that a permutation acts on: an MLP neuron
     costs the distance of its gate row, up row and down column; a key-value head that of its key and value blocks
-    plus its query heads' in their best order, each by its query and output block.
+    plus its query heads' in their best order, each by its query and output block. An attention head has `head_dim`
+    channels; each of some processes finds some of the permutations.
 
-    Parameters
-    ----------
-    weights_i, weights_j : mappings from a parameter's name inside the layer to its tensor
-    head_dim : int
-        Channels of an attention head.
-    symmetry : sequence of Axis
-        The layers' own, or `_ROW_AXES`.
-    processes : Processes
-        Each finds some of the permutations.
-
-    Returns
-    -------
-    permutations : dict from the symmetry's permutation names to int64 tensors
-        Channel p of the aligned layer is channel permutation[p] of layer j.
-    matches : dict from projection names to RowMatch
+    Returns int64 tensors by the symmetry's names of permutations, where channel p of the aligned layer is channel
+    permutation[p] of layer j, and by names of projections how each was matched.
     """
     pairs: dict[Axis, Pair] = {}  # matrices of both layers, with the axis that is permuted first
     problems: dict[str, list[Pair]] = {}

@@ -29,20 +29,10 @@ ALIVE_BYTES = 7 << 29  # 3.5 GiB of cost matrices at a time, or a single larger 
 
 
 def row_costs(*pairs: Pair, dtype: torch.dtype = torch.float32) -> Costs:
-    """L2 distances between normalised rows, w / (norm(w) + 1e-12), summed over some pairs of matrices.
+    """L2 distances between normalised rows, w / (norm(w) + 1e-12), summed over some pairs of matrices (rows, columns).
 
-    Parameters
-    ----------
-    *pairs : pairs of tensors of shape (rows n, columns m)
-        m may differ from pair to pair.
-    dtype : torch.dtype
-        Of the result; distances are computed in float32.
-
-    Returns
-    -------
-    array of shape (rows n of the first, rows n of the second)
-
-    Products are made where the first weights are, block by block, so this is the only n x n array.
+    Of shape (rows of the first, rows of the second), and computed in float32. Products are made where the first weights
+    are, block by block, so this is the only array of that size.
     """
     costs = torch.zeros(len(pairs[0][0]), len(pairs[0][1]), dtype=dtype)
     for weight_i, weight_j in pairs:
@@ -66,14 +56,6 @@ def assign(problems: Mapping[str, Sequence[Pair]]) -> dict[str, NDArray[np.int64
     after the other, largest first, and solved meanwhile; no more matrices exist at a time than torch uses threads.
     lapx, where it is installed, works in float32, and is about three times as fast as scipy on large matrices; both
     find an optimum.
-
-    Parameters
-    ----------
-    problems : mapping from a name to pairs of tensors of shape (rows n, columns m)
-
-    Returns
-    -------
-    dict from the same names to int64 arrays of shape (rows n,)
     """
     dtype = torch.float64 if lapjvs is None else torch.float32
     largest = max((len(pairs[0][0]) for pairs in problems.values()), default=1)

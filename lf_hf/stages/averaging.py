@@ -33,17 +33,9 @@ def average(
 ) -> MadeLayer:
     """One layer for a group of layers of the dense model: their average, each aligned to the one below it.
 
-    Parameters
-    ----------
-    decoder : Decoder
-        The dense model.
-    group : Group
-    similarity : array of shape (layers L, layers L)
-        Of the dense model's layers: a fused layer keeps the similarity of its first one.
-    alignment, ratio_beta
-        As in FusionConfig.
-    known : dict, optional
-        Averages of groups that end with the same layer, to go on from; this one takes its place there.
+    `similarity` (layers L, layers L) is that of the dense model's layers: a fused layer keeps the similarity of its
+    first one. `known` are averages of groups that end with the same layer, to go on from; this one takes its place
+    there.
     """
     first, last = group
     key = last, alignment, ratio_beta
@@ -66,16 +58,11 @@ def average(
 
 
 def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 1.0) -> float:
-    """Share alpha_i of layer i in its fusion with layer j; layer j's is 1 - alpha_i.
+    """Share alpha_i of layer i of the dense model in its fusion with layer j; layer j's is 1 - alpha_i.
 
-    alpha_i = sigmoid(beta * s_i / (s_i + s_j)), where s is a layer's mean similarity to all layers. For beta = 1 and
-    positive similarities the result lies in 0.5 to 0.74. Layers without any similarity count alike.
-
-    Parameters
-    ----------
-    similarity : array of shape (layers L, layers L)
-    i, j : int
-        Layer numbers in the dense model.
+    alpha_i = sigmoid(beta * s_i / (s_i + s_j)), where s is a layer's mean similarity to all layers, of `similarity`
+    (layers L, layers L). For beta = 1 and positive similarities the result lies in 0.5 to 0.74. Layers without any
+    similarity count alike.
     """
     s_i, s_j = similarity[i].mean(), similarity[j].mean()
     return float(expit(beta * (s_i / (s_i + s_j) if s_i + s_j else 0.5)))

@@ -56,19 +56,9 @@ def layer_similarity(
     rank_normalize: bool = True,
     seed: int = 0,
 ) -> Array:
-    """NPIB of every pair of layers.
+    """NPIB of every pair of layers, (layers L, layers L), by stage 2's coordinates (L, samples N, dims d).
 
-    Parameters
-    ----------
-    embeddings : array of shape (layers L, samples N, dims d)
-        Stage 2's coordinates.
-    mi_neighbors, entropy_neighbors, rank_normalize, seed
-        As in FusionConfig.
-
-    Returns
-    -------
-    array of shape (layers L, layers L)
-        Symmetric; higher means that two layers arrange the samples alike.
+    Symmetric; higher means that two layers arrange the samples alike. Settings are those of FusionConfig.
     """
     num_layers = len(embeddings)
     if rank_normalize:

@@ -16,6 +16,7 @@ from lf_hf.plan.machine import CONTEXT
 SETTINGS: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 0, "speed": False}
 AVERAGED: dict[str, Any] = {"calibration": make_texts()}
 FITTED: dict[str, Any] = {"calibration": make_texts(150), "calibration_tokens": 1024, "calibration_length": 32}
+FITTED |= {"seed": 1}  # with 0 a draw for the text that Qwen3 writes falls on the edge between two tokens
 METHODS: dict[str, dict[str, Any]] = {
     "neural_alignment": AVERAGED,
     "mka": AVERAGED,

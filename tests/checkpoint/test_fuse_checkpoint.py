@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 import torch
 from builders import make_point, make_report
-from conftest import GGUF, QUICK, make_llama, make_texts, pickled, same, tensors
+from conftest import GGUF, QUICK, dry_run, make_llama, make_texts, pickled, same, tensors
 from huggingface_hub.utils._paths import filter_repo_objects
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
@@ -31,7 +31,6 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.card import model_card
 from lf_hf.checkpoint.weights import local_folder, tensor_files
 from lf_hf.evaluate.points import read_points
-from lf_hf.inputs.dry_run import plan_fusion
 from lf_hf.text.calibration import load_calibration, load_corpus
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "calibration": make_texts(), "perplexity_tokens": 0}
@@ -105,7 +104,7 @@ def test_the_base_is_not_replaced(base: str, tmp_path: Path, low_memory: bool) -
     before = tensors(plain)
     for again in (
         lambda: fuse(plain, plain, low_memory=low_memory),
-        lambda: plan_fusion(plain, FusionConfig(1), out=plain, low_memory=low_memory),
+        lambda: dry_run(plain, FusionConfig(1), out=plain, low_memory=low_memory),
         lambda: lf_hf.from_pretrained_fused(plain, num_fusions=1, fused_dir=plain),
     ):
         with pytest.raises(ValueError, match="is the base itself; choose another folder"):

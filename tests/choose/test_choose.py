@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.choose.budget import search
 from lf_hf.choose.choice import Choice, choose, least_influence_groups, try_sets
-from lf_hf.choose.costs import GroupCosts, share_groups, split_text
+from lf_hf.choose.costs import GroupCosts, split_text
 from lf_hf.choose.sets import cheapest_sets, estimate_costs, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.measure.dense import Measurements, measure
@@ -217,17 +217,6 @@ def test_what_one_process_cannot_compute_is_said_by_all() -> None:
     for process in in_threads(3, run):
         with pytest.raises(FitOverflow, match="by the second"):
             process.result()
-
-
-@given(st.integers(4, 80), st.integers(1, 16))
-@examples(40)
-def test_shares_of_groups_take_about_as_long_to_measure(layers: int, count: int) -> None:
-    """Here a layer in a group takes as long as 16 layers above it."""
-    groups = [(first, first + more) for more in (1, 2) for first in range(1, layers - 1 - more)]
-    shares = share_groups(groups, layers, count)
-    assert sorted(itertools.chain(*shares)) == sorted(groups) and len(shares) == count
-    taken = [sum(16 * (last - first + 1) + layers - last for first, last in share) for share in shares]
-    assert max(taken) - min(taken) <= 16 * 3 + layers
 
 
 def random_costs(layers: int, seed: int) -> dict[Group, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import make_llama, make_texts, make_tokenizer, same, save_base
+from conftest import dry_run, make_llama, make_texts, make_tokenizer, same, save_base
 from tiny_models import LAYOUTS, averaged, decoders, fitted, idle, logits, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +23,6 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families import models
 from lf_hf.families.models import MODEL_TYPES, family_of, text_model
 from lf_hf.families.table import FAMILIES, PROJECTIONS, attention_half, head_dim, mlp_half
-from lf_hf.inputs.dry_run import plan_fusion
 from lf_hf.measure.check import check_family_entry
 from lf_hf.measure.dense import measure
 from lf_hf.measure.generating import continue_prompts, generate
@@ -185,7 +184,7 @@ def test_a_hybrid_keeps_a_layer_with_attention(method: str, selection: str, most
     base = save_base(tmp_path, dense)
     said = f"num_fusions must be 1 to {most} for a model of 7 layers .of which layer . and those .* has attention"
     with pytest.raises(ValueError, match=said):
-        plan_fusion(base, FusionConfig(**settings | {"num_fusions": most + 1}), calibration=SAMPLES.texts)
+        dry_run(base, FusionConfig(**settings | {"num_fusions": most + 1}), calibration=SAMPLES.texts)
     model = lf_hf.from_pretrained_fused(base, calibration=SAMPLES.texts, **settings)
     assert len(model.config.layer_types) == 7 - most and "full_attention" in model.config.layer_types
 

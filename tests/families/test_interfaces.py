@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, changed, make_texts, make_tokenizer, same, save_base, tensors
+from conftest import QUICK, changed, dry_run, make_texts, make_tokenizer, same, save_base, tensors
 from safetensors.torch import save_file
 from tiny_models import SETTINGS as FAMILY_SETTINGS
 from tiny_models import WRAPPED, auto_class, idle, picture, tiny_config, tiny_model
@@ -29,7 +29,6 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.families.models import MODEL_TYPES, WRAPPERS, model_class, text_model, text_prefix
 from lf_hf.families.table import FAMILIES
-from lf_hf.inputs.dry_run import plan_fusion
 from lf_hf.settings import FusionConfig
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
@@ -232,7 +231,7 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
         (lambda: lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "fused"), "load it with AutoModelForCausalLM"),
         (lambda: fuse(qwen3, attn_implementation="flex_attention", **QUICK), "flex_attention"),
         (lambda: fuse(gemma2, num_fusions=2, method="mka"), "Only layers of one kind are averaged"),
-        (lambda: plan_fusion(gemma2, FusionConfig(2, "mka")), "Only layers of one kind are averaged"),
+        (lambda: dry_run(gemma2, FusionConfig(2, "mka")), "Only layers of one kind are averaged"),
         (lambda: sweep(gemma2, tmp_path / "sweep", **swept), "Only layers of one kind are averaged"),
     ]
     for call, message in calls:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from builders import normal
-from conftest import QUICK, changed, files, make_llama, make_texts, make_tokenizer, save_base, tensors
+from conftest import QUICK, changed, dry_run, files, make_llama, make_texts, make_tokenizer, save_base, tensors
 from test_saving import file_size_limit, ways_of_fusing
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
@@ -39,7 +39,8 @@ from lf_hf.healing import trainer
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.result import CHANGED_BEFORE
 from lf_hf.healing.text import HELD_OUT, WRITTEN, WRITTEN_CHATS, healing_text, training_order
-from lf_hf.inputs.dry_run import plan_fusion, plan_heal
+from lf_hf.inputs.dry_run import plan_heal
+from lf_hf.inputs.healing import HealInputs
 from lf_hf.measure.judge import judge, judge_dense
 from lf_hf.report.notes import COLLAPSED
 from lf_hf.report.report import CHANGED_NOTE
@@ -61,6 +62,10 @@ def settings(**changes: Any) -> dict[str, Any]:
     """Arguments of a healing that takes a second or two: few short sequences, in float32, at a high rate."""
     usual: dict[str, Any] = {"tokens": 2048, "length": 32, "batch_tokens": 128, "learning_rate": 3e-3, "text": TEXTS}
     return usual | {"training_args": {"bf16": False}} | changes
+
+
+def inputs(fused: Path, *, base: str, text: Any, training_args: Any = None, **given: Any) -> HealInputs:
+    return HealInputs.open(fused, base, text, None, training_args, given)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +177,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     heal: Heal, base: str, fused: Path, healed: Path, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its states take no more of the disk than a plan says."""
-    plan = plan_heal(fused, tmp_path / "else", base=base, **settings())
+    plan = plan_heal(inputs(fused, base=base, **settings()), tmp_path / "else")
     [said] = re.findall(r"disk, .*: ([\d.]+) MiB", plan.summary())
     [state] = (killed / WORK).glob("checkpoint-*")
     size = sum(file.stat().st_size for file in state.iterdir()) / 2**20
@@ -205,18 +210,17 @@ def test_a_run_goes_on_from_its_last_state_which_has_no_optimizer(
 
 
 @pytest.mark.parametrize(
-    ("file", "part", "instead", "said"),
+    ("part", "instead", "said"),
     [
-        ("model.safetensors", b"model.norm", b"", "no whole state of a training (model.safetensors), so it is removed"),
-        ("files.json", None, b"", "no whole state of a training (files.json), so it is removed"),
-        ("trainer_state.json", b"checkpoint-8", b"checkpoint-0", "checkpoint-0', is gone, so the training begins anew"),
+        (b"}", b"", "no whole state of a training"),
+        (b"checkpoint-8", b"checkpoint-0", "checkpoint-0', is gone, so the training begins anew"),
     ],
 )
 def test_a_run_without_a_whole_state_or_its_best_one_begins_anew(
-    heal: Heal, healed: Path, killed: Path, file: str, part: bytes | None, instead: bytes, said: str, caplog: Any
+    heal: Heal, healed: Path, killed: Path, part: bytes, instead: bytes, said: str, caplog: Any
 ) -> None:
-    [written] = (killed / WORK).glob(f"checkpoint-*/{file}")
-    written.write_bytes(written.read_bytes().replace(part, instead) if part else instead)
+    [written] = (killed / WORK).glob("checkpoint-*/trainer_state.json")
+    written.write_bytes(written.read_bytes().replace(part, instead))
     heal(out=killed)
     assert said in caplog.text and not changed(killed, healed)
 
@@ -292,7 +296,7 @@ def test_too_little_room_is_said_before_the_base_is_read(
         lambda: heal(out=out),
         lambda: lf_hf.from_pretrained_fused(base, **QUICK, heal_tokens=4096, calibration=TEXTS),
         lambda: lf_hf.fuse_checkpoint(base, out, **QUICK),
-        lambda: plan_fusion(base, FusionConfig(**QUICK), out=out),
+        lambda: dry_run(base, FusionConfig(**QUICK), out=out),
     ):
         with pytest.raises((OSError, ValueError), match=message):
             start()
@@ -439,7 +443,7 @@ def test_many_processes_share_a_step(base: str, fused: Path, tmp_path: Path, mon
     cases = (1, 1024, "1 step of 1,024"), (1, 4096, "4 steps of 1,024"), (3, 4096, "2 steps of 1,536")
     for world, tokens, said in cases:
         monkeypatch.setattr(TrainingArguments, "world_size", world)
-        assert f"{said} tokens" in plan_heal(fused, tmp_path, tokens=tokens, **given).summary()
+        assert f"{said} tokens" in plan_heal(inputs(fused, tokens=tokens, **given), tmp_path).summary()
 
 
 def test_a_full_disk_says_what_is_kept(heal: Heal) -> None:
