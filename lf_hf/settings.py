@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from lf_hf.runtime.settings_base import NOT_GIVEN, RULES, Needs, OneOf, Settings, checked
 from lf_hf.runtime.words import plural
 
-ALGORITHM = 25
+ALGORITHM = 26
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
 LEAST_HEAL_TOKENS = 1024
