@@ -28,6 +28,7 @@ from lf_hf.healing.teacher import Teacher
 from lf_hf.healing.text import training_order
 from lf_hf.healing.trainer import (
     check_trains,
+    damaged_file,
     default_learning_rate,
     make_student,
     make_trainer,
@@ -126,14 +127,12 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _state_to_go_on_from(work: Path) -> str | None:
-    """The last state of a run of the same healing that was cut short, if there is one; those half written go."""
+    """The last state of a run of the same healing that was cut short, if there is one; states with damage go."""
     for state in work.glob("checkpoint-*"):
-        try:
-            TrainerState.load_from_json(str(state / TRAINER_STATE_NAME))  # which is written last
-        except (OSError, ValueError) as error:
+        if file := damaged_file(state):
             logger.warning(
-                f"{str(state)!r} is no whole state of a training ({error}), so it is removed. The training goes on "
-                "from another state, or begins anew if there is none."
+                f"{str(state)!r} is no whole state of a training ({file}), so it is removed. The training goes on from "
+                "another state, or begins anew if there is none."
             )
             shutil.rmtree(state)
     last = get_last_checkpoint(str(work))

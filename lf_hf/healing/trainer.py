@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
@@ -45,6 +47,7 @@ LORA_SCALE = 2
 """What adapters add is multiplied by this."""
 
 DIVERGENCE = "eval_divergence"
+_FILES = "files.json"  # in a state of the training: its files and their sizes
 _OF_ADAPTERS = "base_model.model."  # before the names of a model with adapters
 _LEAST_WARMED_UP = 10  # steps with which there is a warm-up: its first one, at a rate of 0, is lost
 
@@ -184,6 +187,10 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         try:
             super()._save_checkpoint(*arguments, **named)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                state = Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")
+                (state / _FILES).write_text(json.dumps(_file_sizes(state)), encoding="utf-8")
         except torch.OutOfMemoryError:
             raise
         except (SafetensorError, RuntimeError, OSError) as error:  # of which a full disk gives any
@@ -245,6 +252,23 @@ class DistillationTrainer(Trainer):
                 added = LORA_SCALE * (state[up].float() @ state[down].float())
                 own = value(decoder.model.get_submodule(place), "weight")
                 yield name, own.detach().to(added.device, torch.float32) + added
+
+
+def _file_sizes(state: Path) -> dict[str, int]:
+    return {str(file.relative_to(state)): file.stat().st_size for file in state.rglob("*") if file.is_file()}
+
+
+def damaged_file(state: Path) -> str | None:
+    """A file of a state of the training that is not as it was written, as where a process was killed; None if whole."""
+    try:
+        TrainerState.load_from_json(str(state / TRAINER_STATE_NAME))  # the last file that the Trainer writes
+    except (OSError, ValueError):
+        return TRAINER_STATE_NAME
+    sizes: dict[str, int] = {}
+    with suppress(OSError, ValueError):  # a run that was killed behind that one did not write it
+        sizes = json.loads((state / _FILES).read_text(encoding="utf-8"))
+    found = _file_sizes(state)
+    return next((name for name, size in sizes.items() if found.get(name) != size), None)
 
 
 class _Progress(TrainerCallback):

@@ -210,17 +210,19 @@ def test_a_run_goes_on_from_its_last_state_which_has_no_optimizer(
 
 
 @pytest.mark.parametrize(
-    ("part", "instead", "said"),
+    ("file", "part", "instead", "said"),
     [
-        (b"}", b"", "no whole state of a training"),
-        (b"checkpoint-8", b"checkpoint-0", "checkpoint-0', is gone, so the training begins anew"),
+        ("model.safetensors", b"model.norm", b"", "no whole state of a training (model.safetensors), so it is removed"),
+        ("trainer_state.json", None, b"", "no whole state of a training (trainer_state.json), so it is removed"),
+        ("trainer_state.json", b"checkpoint-8", b"checkpoint-0", "checkpoint-0', is gone, so the training begins anew"),
+        ("files.json", None, b"", "Going on from"),  # of a run that was killed before it wrote what there is
     ],
 )
 def test_a_run_without_a_whole_state_or_its_best_one_begins_anew(
-    heal: Heal, healed: Path, killed: Path, part: bytes, instead: bytes, said: str, caplog: Any
+    heal: Heal, healed: Path, killed: Path, file: str, part: bytes | None, instead: bytes, said: str, caplog: Any
 ) -> None:
-    [written] = (killed / WORK).glob("checkpoint-*/trainer_state.json")
-    written.write_bytes(written.read_bytes().replace(part, instead))
+    [written] = (killed / WORK).glob(f"checkpoint-*/{file}")
+    written.write_bytes(written.read_bytes().replace(part, instead) if part else instead)
     heal(out=killed)
     assert said in caplog.text and not changed(killed, healed)
 
