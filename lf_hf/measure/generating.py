@@ -157,8 +157,9 @@ def continue_prompts(decoder: Decoder, prompts: Sequence[Tensor], count: int) ->
     )
     model = decoder.model
     own, model.generation_config = model.generation_config, GenerationConfig()  # which has no end, and no penalties
-    try:
-        written = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=count)
+    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": count}
+    try:  # by one process of a launch, for which the others wait
+        written = model.generate(tokens, attention_mask=mask, synced_gpus=False, **greedy)
     finally:
         model.generation_config = own
     return list(written[:, tokens.shape[1] :].cpu())
