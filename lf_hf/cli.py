@@ -223,15 +223,15 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     settings, others = _split(HealSettings, given)
     with _usage_errors():
         healing, training_args = HealSettings(**settings), parse_training_arguments(arg)
-    model, text = others.pop("base", None), others.pop("text", None)
+    base, text = others.pop("base", None), others.pop("text", None)
     if dry_run:
         from lf_hf.inputs.dry_run import plan_heal
 
-        inputs = HealInputs.open(fused, model, text, healing, training_args, others)
+        inputs = HealInputs.open(fused, base, text, healing, training_args, others)
         show(_with_options(plan_heal(inputs, out).summary()))
         return
     with _without_warnings("lf_hf.healing.result"):  # its notes stand below the table
-        report = lf_hf.heal(fused, out, base=model, text=text, settings=healing, training_args=training_args, **others)
+        report = lf_hf.heal(fused, out, base=base, text=text, settings=healing, training_args=training_args, **others)
     assert report.healed is not None
     show(table(out, *as_table(report.rows())), report.healed.summary())
     show(*map(_with_options, report.notes))
