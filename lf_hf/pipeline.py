@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from lf_hf.healing.result import healed_report
 from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
 from lf_hf.inputs.fusion import FusionInputs, Texts, for_model
 from lf_hf.inputs.healing import HealInputs
+from lf_hf.inputs.planning import following
 from lf_hf.inputs.resuming import note_healing, save_healed
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge, judge_dense
@@ -43,7 +43,7 @@ from lf_hf.report.notes import damage_notes
 from lf_hf.report.report import REPORT_NAME, FusionReport, published_name, versions
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.launch import Processes, compute_once
-from lf_hf.runtime.memory import give_back_freed, in_gib
+from lf_hf.runtime.memory import give_back_freed
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
@@ -52,7 +52,6 @@ from lf_hf.text.calibration import Corpus
 
 logger = logging.get_logger(__name__)
 
-_LONG = 1  # minutes of a run that are worth a line
 _HELD_OUT = 4  # sequences of calibration text that layers are not fitted to, but judged on
 
 
@@ -71,7 +70,7 @@ def run(
     say what the result is made of, for its report. All else is as for `FusedForCausalLM.save_into`.
     """
     plan = inputs.check(folder)
-    with _following(plan), TemporaryDirectory() as temporary:
+    with following(plan), TemporaryDirectory() as temporary:
         place = Path(compute_once(lambda: temporary)) if folder is None else folder
         work = place / WORK
         config, corpus, healing = inputs.config, inputs.texts.to_heal, plan.healing
@@ -134,7 +133,7 @@ def fuse_measured(
 def heal_folder(inputs: HealInputs, folder: Path, scratch: Path) -> FusedForCausalLM:
     """Heal a fused model into a folder that is locked: its base is opened, measured and closed before it is read."""
     plan = inputs.check(folder)
-    with _following(plan):
+    with following(plan):
         healing, work = plan.healing, folder / WORK
         assert healing is not None
         if not plan.begun:
@@ -200,23 +199,6 @@ def _write(model: FusedForCausalLM, folder: Path | None, **saving: Any) -> None:
     save = partial(model.save_into, folder, **saving)
     is_healed = model.report.healed is not None
     compute_once(partial(save_healed, folder, save, model.report.weights_digest) if is_healed else save)
-
-
-@contextmanager
-def _following(plan: Plan) -> Iterator[None]:
-    """Say how long a run takes, if that is long, and what to plan with where memory runs out all the same."""
-    if plan.minutes and sum(plan.minutes.values()) > _LONG:
-        logger.warning(f"Plan: {plan.minutes_line}.")
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        device = plan.device
-        less = {**plan.machine.free, device: plan.peak[device] * 3 // 4}
-        places = ",".join(f"{place}={size >> 20}MiB" for place, size in less.items())
-        raise MemoryError(
-            f"Memory ran out on {device}, of which the plan took {in_gib(plan.peak[device])}; another process may use "
-            f"it. Give max_memory={places}, and the run is planned for less."
-        ) from None
 
 
 def fuse(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, HealSettings
 from lf_hf.cli import main
+from lf_hf.plan.plan import plan
 from lf_hf.runtime.terminal import show, table
 from lf_hf.settings import METHODS
 
@@ -68,6 +70,15 @@ def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: 
     assert code == 0 and report.healed.kept >= 0 and "healed" in out.split("layers")[0].split()
     assert report.budget.summary().replace("max_divergence=", "--max-divergence ") in out
     assert report.budget.allowed == 9 and report.layers_after < report.layers_before
+
+
+def test_a_long_run_says_when_it_begins_how_long_it_takes(
+    run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lf_hf.inputs.planning.plan", lambda *a, **k: replace(plan(*a, **k), minutes={"make": 1.26}))
+    options = "--num-fusions 1 --method truncate --perplexity-tokens 0".split()
+    code, *_ = run("fuse", base, tmp_path / "out", *options)
+    assert code == 0 and "Plan: minutes, about: make 1.3; in all 1.3." in caplog.text
 
 
 def test_what_has_no_effect_is_said(run: Run, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lf_hf.settings import SHORTEST_LENGTH, FusionConfig, HealSettings
 from lf_hf.text.calibration import Corpus
 
 logger = logging.get_logger(__name__)
+_LONG = 1  # minutes of a run that are worth a line
 
 
 def plan_run(
@@ -109,3 +110,20 @@ def check_text_to_heal(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, setti
     epochs = expected_epochs(tokenizer, corpus, settings, base.text_config.vocab_size)
     if repeats := repeats_note(epochs):
         logger.warning(repeats)
+
+
+@contextmanager
+def following(plan: Plan) -> Iterator[None]:
+    """Say how long a run takes, if that is long, and what to plan with where memory runs out all the same."""
+    if plan.minutes and sum(plan.minutes.values()) > _LONG:
+        logger.warning(f"Plan: {plan.minutes_line}.")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        device = plan.device
+        less = {**plan.machine.free, device: plan.peak[device] * 3 // 4}
+        places = ",".join(f"{place}={size >> 20}MiB" for place, size in less.items())
+        raise MemoryError(
+            f"Memory ran out on {device}, of which the plan took {in_gib(plan.peak[device])}; another process may use "
+            f"it. Give max_memory={places}, and the run is planned for less."
+        ) from None
