@@ -111,9 +111,11 @@ def measure_base(
     """Measure a base on samples and text to fit to; what a healing needs of it on its text goes into `work`."""
     samples, text, to_heal = texts
     measured = measure(decoder, tokenizer, config, samples, text)
+    clock = Clock(measured.seconds)
     if healing is not None and to_heal is not None:
-        write_teacher(work, decoder, tokenizer, to_heal, healing.settings, measured.judged)
-    return measured
+        with clock("final states"):
+            write_teacher(work, decoder, tokenizer, to_heal, healing.settings, measured.judged)
+    return replace(measured, seconds=clock.seconds)
 
 
 def fuse_measured(

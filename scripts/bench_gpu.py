@@ -67,7 +67,12 @@ SMALL = {"layers": 5, "hidden": 32, "mlp": 64, "heads": 4, "kv_heads": 2, "vocab
 SMALL_WORK = {"dtype": "float32", "tokens": 1024, "heal_tokens": 2048, "fusions": 1}
 # Operations a second in bfloat16, without sparsity, by a part of the device's name; the first that fits counts.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
-PHASES = {"measure": "calibration text", "choose": "choosing", "make": "making", "heal": "healing"}
+PHASES = {
+    "measure": ("calibration text", "final states"),
+    "choose": ("choosing",),
+    "make": ("making",),
+    "heal": ("healing",),
+}
 """Of a plan, and what a report calls them."""
 
 Figures = dict[str, Any]
@@ -102,11 +107,12 @@ def fused(base: str, options: argparse.Namespace, method: str, selection: str, p
     with tempfile.TemporaryDirectory(dir=Path(base).parent) as out:
         report = fuse_checkpoint(base, out, calibration=BUNDLED, **given, **where)
     figures: Figures = {"groups": [sorted(group) for group in report.groups], "planned": plan.peak}
-    for phase, name in PHASES.items():
-        is_of_text = phase != "measure" or method == "refit"  # a plan counts what is healed on there, too
-        if name in report.seconds and is_of_text:
-            tokens = options.heal_tokens if phase == "heal" else options.tokens
-            figures[phase] = of_phase(plan, phase, tokens, report.seconds[name], peak_rate(options.device))
+    healed = given.get("heal_tokens", 0)
+    tokens = {"measure": options.tokens + healed, "heal": healed}
+    for phase, names in PHASES.items():
+        if seconds := sum(report.seconds.get(name, 0.0) for name in names):
+            some = tokens.get(phase, options.tokens)
+            figures[phase] = of_phase(plan, phase, some, seconds, peak_rate(options.device))
     found = [plan.healing.why] if plan.healing is not None else []
     if report.speed is not None:
         rates = {"prefill": report.speed.prefill, "decoding": report.speed.decoding}

@@ -60,7 +60,7 @@ class Phases:
     @property
     def groups(self) -> int:
         """About how many groups there are: by cost few long ones are chosen, and by influence mostly pairs."""
-        a_group = {"last": self.fusions, "least_influence": 4 / 3, "groups": 3}  # layers that go in it
+        a_group = {"last": self.fusions, "least_influence": 4 / 3, "groups": 5 / 2}  # layers that go in it
         return max(1, round(self.fusions / a_group[self.config.selection]))
 
     @property
