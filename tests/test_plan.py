@@ -141,7 +141,7 @@ def test_what_a_user_should_know_is_noted(
     make_base: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, out = FusionConfig(1, "truncate", perplexity_tokens=0), tmp_path / "out"
-    monkeypatch.setattr("lf_hf.plan.machine.computes_bfloat16", lambda: False)
+    monkeypatch.setattr("lf_hf.plan.machine.computes_bfloat16", lambda _: False)
     base = make_base(dtype=torch.bfloat16)
     assert dry_run(base, config, out=out, dtype="float32").notes == []
     pickled(Path(shutil.copytree(base, tmp_path / "pickled")))
@@ -306,6 +306,23 @@ def test_this_machine_gives_no_more_than_it_has_and_another_one_all_that_is_name
     other = Machine.here(cpu, "cpu=9999GiB,cuda:7=24GiB")
     assert not other.is_here and other.device == "cuda:7"
     assert other.free == {"cuda:7": 24 * GIB, "cpu": 9999 * GIB}
+
+
+def test_processes_of_a_launch_plan_alike_each_with_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the one that has least, whichever card is named."""
+    has = {"cuda:3": 80 * GIB, "cpu": 64 * GIB}
+    launch = SimpleNamespace(world_size=2, all_gather_object=lambda mine: [mine, [9 * GIB for _ in mine]])
+    for name, value in {
+        "Processes": SimpleNamespace(of_launch=lambda: launch),
+        "local_processes": lambda: 2,
+        "free_memory": lambda device: has[str(device)],
+        "computes_bfloat16": lambda _: True,
+    }.items():
+        monkeypatch.setattr(f"lf_hf.plan.machine.{name}", value)
+    cases: list[tuple[Any, int]] = [(None, 9), ("cuda:0=5GiB,cpu=30GiB", 5), ({0: "5GiB", "cpu": "30GiB"}, 5)]
+    for given, own in cases:
+        found = Machine.here([torch.device("cuda:3")], given)
+        assert found.is_here and found.free == {"cuda:3": own * GIB, "cpu": 9 * GIB}
 
 
 def test_a_probe_gives_minutes() -> None:

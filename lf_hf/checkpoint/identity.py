@@ -28,6 +28,7 @@ _MEANING = {
     "text": "other calibration text or another tokenizer",
     "dtype": "another dtype",
     "algorithm": "another version of lf_hf",
+    "command": "the other one of fuse and heal",
 }
 
 
@@ -48,7 +49,8 @@ def identity_key(identity: Mapping[str, str]) -> str:
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What an identity was before, where it is another one now: a phrase for each difference of what is made."""
     if now.keys() - before.keys():
-        return [_MEANING["algorithm"]]
+        is_of_version = all(before.get(name) == now.get(name) for name in ("algorithm", "states"))
+        return [_MEANING["command" if is_of_version else "algorithm"]]
     found = []
     for name, value in now.items():
         if name == "settings":

@@ -45,9 +45,11 @@ logger = logging.get_logger(__name__)
 
 
 @purge_accelerate_environment  # type: ignore[untyped-decorator]
-def prepare(settings: HealSettings, longest: int, training_args: Mapping[str, Any]) -> tuple[HealSettings, int, bool]:
+def prepare(
+    settings: HealSettings, longest: int, training_args: Mapping[str, Any], device: str
+) -> tuple[HealSettings, int, bool]:
     """The settings for a model that takes `longest` tokens, and for this launch; how many of its processes share the
-    weights of what trains, and whether it computes in bfloat16.
+    weights of what trains, and whether it computes in bfloat16 on a device.
 
     Sequences are no longer than the model takes, a step is no longer than the whole training, and all processes have as
     many sequences of it. Raises ValueError for training arguments that cannot be used.
@@ -55,7 +57,7 @@ def prepare(settings: HealSettings, longest: int, training_args: Mapping[str, An
     length = min(settings.length, longest)
     batch_tokens = max(length, min(settings.batch_tokens, settings.tokens))
     settings = replace(settings, length=length, batch_tokens=batch_tokens)
-    arguments = training_arguments(settings, Path(), training_args)
+    arguments = training_arguments(settings, Path(), training_args, device)
     batch = math.ceil(settings.batch / arguments.world_size) * arguments.world_size
     if batch != settings.batch:
         logger.warning(f"A step has {batch} sequences and not {settings.batch}, so that processes share it evenly.")
@@ -86,7 +88,7 @@ def heal(
         settings = replace(settings, learning_rate=default_learning_rate(decoder, plan.train))
     with _undisturbed():
         state = processes.compute_once(lambda: _state_to_go_on_from(work))
-        arguments = training_arguments(settings, work, training_args, plan)
+        arguments = training_arguments(settings, work, training_args, plan.device, plan)
         arguments.eval_on_start = state is None
         student = make_student(decoder, settings, fused_layers, arguments)
         trainer = make_trainer(student, decoder, teacher, settings, arguments)

@@ -34,7 +34,7 @@ from lf_hf.report.data import HealingPoint
 from lf_hf.runtime.amounts import EVALUATIONS
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import PATIENCE
-from lf_hf.runtime.numerics import accelerator, computes_bfloat16, typical_size
+from lf_hf.runtime.numerics import computes_bfloat16, typical_size
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import HealSettings
 
@@ -262,11 +262,14 @@ def damaged_file(state: Path) -> str | None:
     """A file of a state of the training that is not as it was written, as where a process was killed; None if whole."""
     try:
         TrainerState.load_from_json(str(state / TRAINER_STATE_NAME))  # the last file that the Trainer writes
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):
         return TRAINER_STATE_NAME
     sizes: dict[str, int] = {}
-    with suppress(OSError, ValueError):  # a run that was killed behind that one did not write it
-        sizes = json.loads((state / _FILES).read_text(encoding="utf-8"))
+    try:
+        with suppress(FileNotFoundError):  # a run that was killed behind that one did not write it
+            sizes = json.loads((state / _FILES).read_text(encoding="utf-8"))
+    except ValueError:
+        return _FILES
     found = _file_sizes(state)
     return next((name for name, size in sizes.items() if found.get(name) != size), None)
 
@@ -317,17 +320,17 @@ def check_trains(arguments: TrainingArguments) -> None:
 
 
 def training_arguments(
-    settings: HealSettings, folder: Path, given: Mapping[str, Any], plan: HealingPlan | None = None
+    settings: HealSettings, folder: Path, given: Mapping[str, Any], device: str, plan: HealingPlan | None = None
 ) -> TrainingArguments:
-    """TrainingArguments for a healing whose state is kept in `folder`; those `given` and of the plan count.
+    """TrainingArguments for a healing on a device, with its state in `folder`; those `given` and of the plan count.
 
     Making them joins the processes of a launcher. Raises ValueError for a name or a value that cannot be used.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"training_args must be a dict of TrainingArguments' fields, got {given!r:.80}.")
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
-    card = accelerator()
-    pins = card is not None and card.type != "mps"  # memory from which a card copies by itself
+    on_cpu = device == "cpu"
+    pins = not on_cpu and not device.startswith("mps")  # memory from which a card copies by itself
     own: dict[str, Any] = {
         "output_dir": str(folder),
         "seed": settings.seed,
@@ -361,8 +364,8 @@ def training_arguments(
         # One by one, as the mean of a batch that is filled up for the last of several processes is another.
         "per_device_eval_batch_size": 1,
         "adam_beta2": 0.95,  # some tens of steps only
-        "use_cpu": card is None if plan is None else plan.device == "cpu",
-        "bf16": computes_bfloat16() and not given.get("fp16"),
+        "use_cpu": on_cpu,
+        "bf16": computes_bfloat16(torch.device(device)) and not given.get("fp16"),
         "disable_tqdm": True,
         "logging_steps": max(1, settings.steps // 50),
         "dataloader_pin_memory": pins,

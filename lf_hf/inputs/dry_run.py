@@ -38,9 +38,7 @@ def plan_fusion(inputs: FusionInputs, out: FilePath | None = None) -> DryRun:
     room for the result.
     """
     config, opened = inputs.config, inputs.base
-    notes = []
-    if out is not None and check_replaceable(out, opened.name):
-        notes.append(_replaced(out))
+    notes = [] if out is None else _found(out, is_replaced=check_replaceable(out, opened.name))
     plan = inputs.check(None if out is None else checked_folder(out))
     before, after = plan.parameters
     files = opened.files()
@@ -79,7 +77,7 @@ def plan_heal(inputs: HealInputs, out: FilePath) -> DryRun:
     fused, nor for an earlier run in `out` that cannot go on.
     """
     folder = checked_folder(out)
-    notes = [_replaced(out)] if inputs.check_target(folder) else []
+    notes = _found(out, is_replaced=inputs.check_target(folder))
     plan = inputs.check(folder)
     assert plan.healing is not None
     used = plan.healing.settings
@@ -88,13 +86,15 @@ def plan_heal(inputs: HealInputs, out: FilePath) -> DryRun:
         f"training: {steps} of {used.batch * used.length:,} tokens",
         f"text: {inputs.corpus.full_source}",
     ]
-    if (folder / WORK).is_dir():
-        notes.append(f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.")
     return DryRun(f"{inputs.folder.name}, healed by its base {inputs.base.name}", lines, plan, notes)
 
 
-def _replaced(out: object) -> str:
-    return f"{str(out)!r} holds a fused model, which would be replaced."
+def _found(out: FilePath, *, is_replaced: bool) -> list[str]:
+    """What is to be known of what is there."""
+    notes = [f"{str(out)!r} holds a fused model, which would be replaced."] * is_replaced
+    if (checked_folder(out) / WORK).is_dir():
+        notes.append(f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.")
+    return notes
 
 
 def _change(before: int, after: int) -> str:

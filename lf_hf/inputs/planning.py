@@ -53,7 +53,14 @@ def plan_run(
     """
     target = folder or Path(tempfile.gettempdir())
     otherwise: str | None = "method='refit'"
-    shards, bfloat16 = 1, None
+    dtype, device_map = base.loaded_dtype, base.loading.get("device_map")
+    max_memory = base.loading.get("max_memory")
+    is_spread = device_map is None and max_memory and local_processes() == 1
+    devices = devices_of("auto" if is_spread else device_map)
+    machine = Machine.here(devices, max_memory)
+    device = torch.device(machine.device) if machine.is_here else devices[0]
+    if dtype == torch.bfloat16 and machine.is_here and not (machine.has_card or machine.bfloat16):
+        logger.warning("This CPU has no instructions for bfloat16, so it is several times as slow as float32.")
     if healing is not None:
         from lf_hf.healing.heal import prepare  # imports the Trainer, which takes seconds
 
@@ -61,25 +68,18 @@ def plan_run(
         advice = "give method='refit' and heal_tokens=0, and heal the result with lf_hf.heal"
         by_default = explained("Where a fusion heals, it does so by the defaults", advice, ValueError)
         with by_default if training_args is None else nullcontext():
-            healing, shards, bfloat16 = prepare(healing, longest, training_args or {})
+            healing, shards, bfloat16 = prepare(healing, longest, training_args or {}, str(device))
+        machine = replace(machine, shards=shards, bfloat16=bfloat16 if machine.is_here else machine.bfloat16)
+        if device.index and local_processes() == 1:
+            kind, number = device.type, device.index
+            raise ValueError(f"Healing trains on {kind}:0, not on {kind}:{number}; hide the others, and give {kind}.")
         if training_args is not None:  # by a command of its own
             shorter = healing.length // 2
             otherwise = f"length={shorter}" if shorter >= SHORTEST_LENGTH else None
         if begun:
             healing = replace(healing, train=begun["train"])
             otherwise = f"remove {str(target / WORK)!r} to begin anew"
-    dtype, device_map = base.loaded_dtype, base.loading.get("device_map")
-    max_memory = base.loading.get("max_memory")
-    devices = devices_of("auto" if device_map is None and max_memory else device_map)
     place = next(place for place in (target, *target.parents) if place.is_dir())
-    machine = replace(Machine.here(devices, max_memory), shards=shards)
-    if dtype == torch.bfloat16 and machine.is_here and not (machine.has_card or machine.bfloat16):
-        logger.warning("This CPU has no instructions for bfloat16, so it is several times as slow as float32.")
-    if healing is not None and devices[0].index and local_processes() == 1:
-        kind, number = devices[0].type, devices[0].index
-        raise ValueError(f"Healing trains on {kind}:0, not on {kind}:{number}; hide the others, and give {kind}.")
-    if machine.is_here and bfloat16 is not None:
-        machine = replace(machine, bfloat16=bfloat16)
     planned = plan(
         base.config,
         dtype,
@@ -89,20 +89,24 @@ def plan_run(
         otherwise=otherwise,
         device_map=device_map if isinstance(device_map, dict) else None,
         low_memory=low_memory,
-        rates=partial(probe, devices[0], dtype, base.config) if machine.is_here else None,
+        rates=partial(probe, device, dtype, base.config) if machine.is_here else None,
     )
     trains = planned.healing and planned.healing.train
     if machine.is_here and trains == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError("train='lora' needs the peft package; run `pip install '.[heal]'` in lf_hf's checkout.")
     if machine.is_here and (folder is not None or trains):
-        written = sum(file.stat().st_size for file in (place / WORK).rglob("*") if file.is_file())
+        made = [*(place / WORK).rglob("*"), *(place.glob("*.safetensors") if "fused" in begun else ())]
+        written = sum(file.stat().st_size for file in made if file.is_file())
         needed, unused = planned.disk - written, shutil.disk_usage(place).free
         if unused < needed:
             raise OSError(
                 f"The disk of {str(place)!r} has {in_gib(unused)} free, and the fused model takes, with what lies "
                 f"there meanwhile, {in_gib(needed)}; make room, or give a folder on another disk."
             )
-    return replace(planned, begun=begun)
+    minutes = planned.minutes
+    if minutes and begun:  # all else is done
+        minutes = {phase: minutes[phase] for phase in ("heal", "judge")}
+    return replace(planned, begun=begun, minutes=minutes)
 
 
 def check_text_to_heal(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, base: Base) -> None:

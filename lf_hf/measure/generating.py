@@ -155,13 +155,11 @@ def continue_prompts(decoder: Decoder, prompts: Sequence[Tensor], count: int) ->
         pad_sequence(list(rows), batch_first=True, padding_side="left").to(decoder.device)
         for rows in (prompts, is_text)
     )
-    model = decoder.model
-    own, model.generation_config = model.generation_config, GenerationConfig()  # which has no end, and no penalties
+    model = decoder.copy().model  # as some models keep what they have generated
+    model.generation_config = GenerationConfig()  # which has no end, and no penalties
     greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": count}
-    try:  # by one process of a launch, for which the others wait
-        written = model.generate(tokens, attention_mask=mask, synced_gpus=False, **greedy)
-    finally:
-        model.generation_config = own
+    # By one process of a launch, for which the others wait.
+    written = model.generate(tokens, attention_mask=mask, synced_gpus=False, **greedy)
     return list(written[:, tokens.shape[1] :].cpu())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 
-from lf_hf.runtime.launch import Processes, own_device
+from lf_hf.runtime.launch import Processes, local_processes, own_device
 from lf_hf.runtime.memory import free_memory
 from lf_hf.runtime.numerics import accelerator, computes_bfloat16
 
@@ -54,16 +54,24 @@ class Machine:
 
         A place that `max_memory` does not name is not used, but for the disk. Raises ValueError for one that cannot be
         read. Where it names a device that is not here, the machine is another one, and all that it names is free.
+        Processes of a launch have to plan alike, so each has what the one with the least has; where each has a card of
+        its own, that is the card that is named.
         """
         given = read_max_memory(max_memory) if max_memory else {}
+        own, *others = map(str, devices)
+        if local_processes() > 1 and own != "cpu" and not others:
+            given = {place if place in ("cpu", "disk") else own: size for place, size in given.items()}
         free = {str(device): free_memory(device) for device in [*devices, torch.device("cpu")]}
         is_here = given.keys() <= free.keys() | {"disk"}
         named = given or free
         if is_here:
             named = {place: min(size, free.get(place, size)) for place, size in named.items()}
         in_order = sorted(named.keys() - {"disk"}, key=lambda place: (place == "cpu", place))  # cards first
-        bfloat16 = computes_bfloat16() if is_here else in_order[0] != "cpu"
-        return cls({place: named[place] for place in in_order}, bfloat16, is_here, Processes.of_launch().world_size)
+        bfloat16 = computes_bfloat16(torch.device(in_order[0])) if is_here else in_order[0] != "cpu"
+        processes = Processes.of_launch()
+        sizes = processes.all_gather_object([named[place] for place in in_order])
+        least = map(min, zip(*sizes, strict=True))
+        return cls(dict(zip(in_order, least, strict=True)), bfloat16, is_here, processes.world_size)
 
 
 def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int]:

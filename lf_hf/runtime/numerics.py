@@ -69,14 +69,13 @@ def bfloat16_products(apply: bool) -> Iterator[None]:
         cpu.matmul.fp32_precision, cuda.matmul.fp32_precision = before
 
 
-def computes_bfloat16() -> bool:
-    """Whether this machine, or its accelerator, multiplies matrices in bfloat16 faster than in float32."""
-    card = accelerator()
-    if card is None:
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 faster than in float32."""
+    if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    module = torch.get_device_module(card)
-    options = {"including_emulation": False} if card.type in ("cuda", "xpu") else {}
+    module = torch.get_device_module(device)
+    options = {"including_emulation": False} if device.type in ("cuda", "xpu") else {}
     return hasattr(module, "is_bf16_supported") and module.is_bf16_supported(**options)
 
 

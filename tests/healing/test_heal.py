@@ -39,7 +39,7 @@ from lf_hf.healing import trainer
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.result import CHANGED_BEFORE
 from lf_hf.healing.text import HELD_OUT, WRITTEN, WRITTEN_CHATS, healing_text, training_order
-from lf_hf.inputs.dry_run import plan_heal
+from lf_hf.inputs.dry_run import DryRun, plan_heal
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.measure.judge import judge, judge_dense
 from lf_hf.report.notes import COLLAPSED
@@ -215,14 +215,18 @@ def test_a_run_goes_on_from_its_last_state_which_has_no_optimizer(
         ("model.safetensors", b"model.norm", b"", "no whole state of a training (model.safetensors), so it is removed"),
         ("trainer_state.json", None, b"", "no whole state of a training (trainer_state.json), so it is removed"),
         ("trainer_state.json", b"checkpoint-8", b"checkpoint-0", "checkpoint-0', is gone, so the training begins anew"),
-        ("files.json", None, b"", "Going on from"),  # of a run that was killed before it wrote what there is
+        ("files.json", None, b"", "no whole state of a training (files.json), so it is removed"),
+        ("files.json", None, None, "Going on from"),  # of a run that was killed before it wrote that
     ],
 )
 def test_a_run_without_a_whole_state_or_its_best_one_begins_anew(
-    heal: Heal, healed: Path, killed: Path, file: str, part: bytes | None, instead: bytes, said: str, caplog: Any
+    heal: Heal, healed: Path, killed: Path, file: str, part: bytes | None, instead: bytes | None, said: str, caplog: Any
 ) -> None:
     [written] = (killed / WORK).glob(f"checkpoint-*/{file}")
-    written.write_bytes(written.read_bytes().replace(part, instead) if part else instead)
+    if instead is None:
+        written.unlink()
+    else:
+        written.write_bytes(written.read_bytes().replace(part, instead) if part else instead)
     heal(out=killed)
     assert said in caplog.text and not changed(killed, healed)
 
@@ -394,7 +398,7 @@ def test_training_arguments_are_read_as_people_write_them(tmp_path: Path) -> Non
     """And fp16 takes the place of bf16, which is the default where the machine is fast at it."""
     written = {"False": False, "false": False, ".5": 0.5, "None": None, "null": None, "a": "a"}
     assert parse_training_arguments([f"{value}={value}" for value in written]) == written
-    arguments = trainer.training_arguments(HealSettings(tokens=4096), tmp_path, {"fp16": True})
+    arguments = trainer.training_arguments(HealSettings(tokens=4096), tmp_path, {"fp16": True}, "cpu")
     assert arguments.fp16 and not arguments.bf16
 
 
@@ -456,15 +460,28 @@ def test_a_full_disk_says_what_is_kept(heal: Heal) -> None:
 def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It fuses no second time, whatever was fused there since, and ends as one that nothing stopped."""
+    """It fuses no second time, whatever was fused there since, and ends as one that nothing stopped.
+
+    Its plan is of what is left to do, on a disk on which the rest lies.
+    """
+    given = QUICK | {"heal_tokens": 4096, "perplexity_tokens": 256}
 
     def fuse(out: str, **changes: Any) -> FusionReport:
-        given = QUICK | {"heal_tokens": 4096, "perplexity_tokens": 256, "calibration": TEXTS} | changes
-        return lf_hf.fuse_checkpoint(base, tmp_path / out, **given)
+        return lf_hf.fuse_checkpoint(base, tmp_path / out, **given | {"calibration": TEXTS} | changes)
+
+    def planned(out: str) -> DryRun:
+        return dry_run(base, FusionConfig(**given), calibration=TEXTS, out=tmp_path / out)
 
     whole = fuse("whole")
     with cut_short():
         fuse("out")
+    there = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+    room = SimpleNamespace(free=planned("else").plan.disk - there + 100_000)
+    with patch("shutil.disk_usage", lambda _: room):
+        left = planned("out")
+    assert set(left.plan.minutes or ()) == {"heal", "judge"} and "that was cut short" in left.summary()
+    with pytest.raises(ValueError, match=r"of another healing \(the other one of fuse and heal\)"):
+        lf_hf.heal(tmp_path / "whole", tmp_path / "out", base=base, text=TEXTS, tokens=4096)
     said = r"cut short, of another healing \(num_fusions=1 instead of 2\).*remove .* to begin"
     with pytest.raises(ValueError, match=said):
         fuse("out", num_fusions=2)

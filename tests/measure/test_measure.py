@@ -20,6 +20,7 @@ import lf_hf
 from lf_hf.cli import main
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.evaluate.lm_eval_model import FusedLM
+from lf_hf.measure.generating import continue_prompts
 from lf_hf.measure.predictions import divergences, final_states, predictions, shard_batches
 from lf_hf.measure.speed import measure_speed
 from lf_hf.report.data import TextFigures
@@ -44,6 +45,14 @@ def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
     [(name, found)] = predictions(decoder, ids, states, copy.deepcopy(states)).items()
     assert name == "text" and found == TextFigures(found.perplexity, divergence=0.0, agreement=1.0)
     assert found == predictions(decoder, ids, states)["text"]
+
+
+def test_a_model_that_continued_prompts_computes_what_it_did() -> None:
+    """Qwen3-VL keeps the positions of what it generated."""
+    decoder, ids = Decoder(tiny_model("qwen3_vl")), torch.arange(1, 8)
+    before = decoder.model(ids[None], use_cache=True).logits
+    assert [len(added) for added in continue_prompts(decoder, [ids, ids[:3]], 4)] == [4, 4]
+    assert decoder.model.model.rope_deltas is None and torch.equal(decoder.model(ids[None]).logits, before)
 
 
 def test_a_batch_is_of_512_tokens_however_few_bytes_hold() -> None:
