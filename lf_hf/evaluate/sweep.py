@@ -27,7 +27,6 @@ from lf_hf.evaluate.results import Results
 from lf_hf.healing.teacher import open_teacher
 from lf_hf.inputs.fusion import Texts, for_model
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
-from lf_hf.plan.plan import Plan
 from lf_hf.report.data import TextFigures
 from lf_hf.report.report import versions
 from lf_hf.runtime.launch import ALONE, Processes, own_device
@@ -192,7 +191,9 @@ class _Maker:
         most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
         plan = plan_run(self.base, most, None)  # by all processes
         if mine:
-            self._measure([config for config in map(keys.get, mine) if config], plan)
+            self._decoder = self.base.open_decoder(plan)
+            self._decoder.processes = ALONE  # points are made by one process each
+            self._measure([config for config in map(keys.get, mine) if config])
         fuse = lru_cache(maxsize=1)(self._fuse)  # points that differ in healing alone follow each other
         for key in progress(mine, desc="Sweep", unit="point"):
             config = keys[key]
@@ -204,10 +205,8 @@ class _Maker:
         if processes.is_main:
             results.complete()
 
-    def _measure(self, configs: Sequence[FusionConfig], plan: Plan) -> None:
-        """Read the base, and measure what these fusions need. Points are made by one process each."""
-        self._decoder = self.base.open_decoder(plan)
-        self._decoder.processes = ALONE
+    def _measure(self, configs: Sequence[FusionConfig]) -> None:
+        """Measure on the base what these fusions need."""
         texts, work = self.texts.used_by(*configs), Path(self._work.name)
         measured = pipeline.measure_base(self._decoder, self.tokenizer, self.configs[0], texts, self._healing, work)
         self._measured = replace(measured, averages={})  # for higher levels to go on from
