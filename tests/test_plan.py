@@ -320,6 +320,7 @@ def test_processes_of_a_launch_plan_alike_each_with_a_card_of_its_own(monkeypatc
     }.items():
         monkeypatch.setattr(f"lf_hf.plan.machine.{name}", value)
     cases: list[tuple[Any, int]] = [(None, 9), ("cuda:0=5GiB,cpu=30GiB", 5), ({0: "5GiB", "cpu": "30GiB"}, 5)]
+    cases += [("cuda:0=2GiB,cuda:3=8GiB,cpu=30GiB", 8), ("cuda:0=7GiB,cuda:1=6GiB,cpu=30GiB", 6)]
     for given, own in cases:
         found = Machine.here([torch.device("cuda:3")], given)
         assert found.is_here and found.free == {"cuda:3": own * GIB, "cpu": 9 * GIB}

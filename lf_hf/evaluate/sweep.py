@@ -188,8 +188,9 @@ class _Maker:
         processes = Processes.of_launch()
         missing = processes.compute_once(results.missing)
         mine: list[str] = np.array_split(missing, processes.world_size)[processes.rank].tolist()
-        most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
-        plan = plan_run(self.base, most, None)  # by all processes
+        if missing:
+            most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
+            plan = plan_run(self.base, most, None)  # by all processes
         if mine:
             self._decoder = self.base.open_decoder(plan)
             self._decoder.processes = ALONE  # points are made by one process each

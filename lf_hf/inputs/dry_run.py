@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from lf_hf.checkpoint.saving import WORK, check_replaceable, checked_folder
+from lf_hf.checkpoint.saving import check_replaceable, checked_folder
 from lf_hf.checkpoint.weights import tensor_types
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
@@ -38,8 +38,9 @@ def plan_fusion(inputs: FusionInputs, out: FilePath | None = None) -> DryRun:
     room for the result.
     """
     config, opened = inputs.config, inputs.base
-    notes = [] if out is None else _found(out, is_replaced=check_replaceable(out, opened.name))
+    is_replaced = out is not None and check_replaceable(out, opened.name)
     plan = inputs.check(None if out is None else checked_folder(out))
+    notes = _found(out, plan, is_replaced=is_replaced)
     before, after = plan.parameters
     files = opened.files()
     for file in files:
@@ -77,7 +78,7 @@ def plan_heal(inputs: HealInputs, out: FilePath) -> DryRun:
     fused, nor for an earlier run in `out` that cannot go on.
     """
     folder = checked_folder(out)
-    notes = _found(out, is_replaced=inputs.check_target(folder))
+    is_replaced = inputs.check_target(folder)
     plan = inputs.check(folder)
     assert plan.healing is not None
     used = plan.healing.settings
@@ -86,14 +87,15 @@ def plan_heal(inputs: HealInputs, out: FilePath) -> DryRun:
         f"training: {steps} of {used.batch * used.length:,} tokens",
         f"text: {inputs.corpus.full_source}",
     ]
+    notes = _found(out, plan, is_replaced=is_replaced)
     return DryRun(f"{inputs.folder.name}, healed by its base {inputs.base.name}", lines, plan, notes)
 
 
-def _found(out: FilePath, *, is_replaced: bool) -> list[str]:
+def _found(out: object, plan: Plan, *, is_replaced: bool) -> list[str]:
     """What is to be known of what is there."""
     notes = [f"{str(out)!r} holds a fused model, which would be replaced."] * is_replaced
-    if (checked_folder(out) / WORK).is_dir():
-        notes.append(f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.")
+    if plan.begun:
+        notes.append(f"{str(out)!r} holds a run that was cut short, which goes on.")
     return notes
 
 

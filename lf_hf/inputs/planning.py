@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from lf_hf.healing.text import expected_epochs
 from lf_hf.plan.machine import Machine, devices_of
 from lf_hf.plan.plan import Plan, plan
 from lf_hf.plan.probe import probe
+from lf_hf.report.report import FusionReport
 from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.memory import in_gib
@@ -94,8 +95,11 @@ def plan_run(
     trains = planned.healing and planned.healing.train
     if machine.is_here and trains == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError("train='lora' needs the peft package; run `pip install '.[heal]'` in lf_hf's checkout.")
+    is_fused = False
+    with suppress(ValueError):  # no model is there
+        is_fused = "fused" in begun and FusionReport.load(place).weights_digest == begun["fused"]
     if machine.is_here and (folder is not None or trains):
-        made = [*(place / WORK).rglob("*"), *(place.glob("*.safetensors") if "fused" in begun else ())]
+        made = [*(place / WORK).rglob("*"), *(place.glob("*.safetensors") if is_fused else ())]
         written = sum(file.stat().st_size for file in made if file.is_file())
         needed, unused = planned.disk - written, shutil.disk_usage(place).free
         if unused < needed:
@@ -104,7 +108,7 @@ def plan_run(
                 f"there meanwhile, {in_gib(needed)}; make room, or give a folder on another disk."
             )
     minutes = planned.minutes
-    if minutes and begun:  # all else is done
+    if minutes and begun and (is_fused or "fused" not in begun):  # all else is done
         minutes = {phase: minutes[phase] for phase in ("heal", "judge")}
     return replace(planned, begun=begun, minutes=minutes)
 

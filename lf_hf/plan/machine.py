@@ -54,13 +54,16 @@ class Machine:
 
         A place that `max_memory` does not name is not used, but for the disk. Raises ValueError for one that cannot be
         read. Where it names a device that is not here, the machine is another one, and all that it names is free.
-        Processes of a launch have to plan alike, so each has what the one with the least has; where each has a card of
-        its own, that is the card that is named.
+        Processes of a launch have to plan alike, so each has what the one with the least has, of those with as many
+        places; where each has a card of its own, and another is named, that stands for it.
         """
         given = read_max_memory(max_memory) if max_memory else {}
         own, *others = map(str, devices)
         if local_processes() > 1 and own != "cpu" and not others:
-            given = {place if place in ("cpu", "disk") else own: size for place, size in given.items()}
+            cards = {place: size for place, size in given.items() if place not in ("cpu", "disk")}
+            given = {place: size for place, size in given.items() if place not in cards}
+            if cards:
+                given[own] = cards.get(own, min(cards.values()))
         free = {str(device): free_memory(device) for device in [*devices, torch.device("cpu")]}
         is_here = given.keys() <= free.keys() | {"disk"}
         named = given or free
@@ -70,7 +73,7 @@ class Machine:
         bfloat16 = computes_bfloat16(torch.device(in_order[0])) if is_here else in_order[0] != "cpu"
         processes = Processes.of_launch()
         sizes = processes.all_gather_object([named[place] for place in in_order])
-        least = map(min, zip(*sizes, strict=True))
+        least = map(min, zip(*(other for other in sizes if len(other) == len(in_order)), strict=True))
         return cls(dict(zip(in_order, least, strict=True)), bfloat16, is_here, processes.world_size)
 
 
