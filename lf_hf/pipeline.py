@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
-from lf_hf.checkpoint.saving import WORK, changed_files
+from lf_hf.checkpoint.saving import WORK
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
 from lf_hf.decoder.decoder import Decoder, Groups
@@ -32,7 +32,7 @@ from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
 from lf_hf.inputs.fusion import FusionInputs, Texts, for_model
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.planning import following
-from lf_hf.inputs.resuming import note_healing, save_healed
+from lf_hf.inputs.resuming import holds_fused, note_healing, save_healed
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge, judge_dense
 from lf_hf.measure.speed import with_speed
@@ -40,7 +40,7 @@ from lf_hf.plan.plan import HealingPlan, Plan
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.report.data import Continuation, FusedLayer, GroupCost, MadeLayer, PerplexityInfo
 from lf_hf.report.notes import damage_notes
-from lf_hf.report.report import REPORT_NAME, FusionReport, published_name, versions
+from lf_hf.report.report import FusionReport, published_name, versions
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.runtime.memory import give_back_freed
@@ -186,10 +186,7 @@ def heal_fused(
 
 def _begun(inputs: FusionInputs, folder: Path, plan: Plan) -> FusedForCausalLM | None:
     """The fused model in a folder, if it is the one that a healing which was cut short there began with."""
-    if not plan.begun:
-        return None
-    is_whole = compute_once(lambda: (folder / REPORT_NAME).is_file() and not changed_files(folder))
-    if not is_whole or compute_once(lambda: FusionReport.load(folder).weights_digest) != plan.begun["fused"]:
+    if not plan.begun or not compute_once(lambda: holds_fused(folder, plan.begun)):
         return None
     return inputs.load_fused(folder, plan.one_place)
 

@@ -25,6 +25,7 @@ from lf_hf.plan.machine import Machine, read_max_memory
 from lf_hf.plan.plan import NoRoom, Plan, plan
 from lf_hf.plan.probe import probe
 from lf_hf.runtime import memory
+from lf_hf.runtime.numerics import computes_bfloat16
 from lf_hf.text.calibration import load_corpus
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}
@@ -324,6 +325,22 @@ def test_processes_of_a_launch_plan_alike_each_with_a_card_of_its_own(monkeypatc
     for given, own in cases:
         found = Machine.here([torch.device("cuda:3")], given)
         assert found.is_here and found.free == {"cuda:3": own * GIB, "cpu": 9 * GIB}
+
+
+def test_a_cpu_beside_a_card_trains_as_a_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: card)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert computes_bfloat16(card) and not computes_bfloat16(torch.device("cpu"))
+    assert not Machine.here([torch.device("cpu")]).bfloat16
+
+
+def test_healing_takes_the_first_card_alone(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = Machine({"cuda:1": 80 * GIB, "cpu": 64 * GIB}, bfloat16=True)
+    monkeypatch.setattr("lf_hf.inputs.planning.Machine", SimpleNamespace(here=lambda *_: second))
+    with pytest.raises(ValueError, match="Healing trains on cuda:0, not on cuda:1; hide the others, and give cuda"):
+        dry_run(base, FusionConfig(1, "healed"), calibration=make_texts(100), max_memory="cuda:1=80GiB,cpu=64GiB")
 
 
 def test_a_probe_gives_minutes() -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.saving import WORK
 from lf_hf.healing.result import repeats_note
 from lf_hf.healing.text import expected_epochs
+from lf_hf.inputs.resuming import holds_fused
 from lf_hf.plan.machine import Machine, devices_of
 from lf_hf.plan.plan import Plan, plan
 from lf_hf.plan.probe import probe
-from lf_hf.report.report import FusionReport
 from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.memory import in_gib
@@ -62,6 +62,9 @@ def plan_run(
     device = torch.device(machine.device) if machine.is_here else devices[0]
     if dtype == torch.bfloat16 and machine.is_here and not (machine.has_card or machine.bfloat16):
         logger.warning("This CPU has no instructions for bfloat16, so it is several times as slow as float32.")
+    if healing is not None and device.index and local_processes() == 1:
+        kind, number = device.type, device.index
+        raise ValueError(f"Healing trains on {kind}:0, not on {kind}:{number}; hide the others, and give {kind}.")
     if healing is not None:
         from lf_hf.healing.heal import prepare  # imports the Trainer, which takes seconds
 
@@ -71,9 +74,6 @@ def plan_run(
         with by_default if training_args is None else nullcontext():
             healing, shards, bfloat16 = prepare(healing, longest, training_args or {}, str(device))
         machine = replace(machine, shards=shards, bfloat16=bfloat16 if machine.is_here else machine.bfloat16)
-        if device.index and local_processes() == 1:
-            kind, number = device.type, device.index
-            raise ValueError(f"Healing trains on {kind}:0, not on {kind}:{number}; hide the others, and give {kind}.")
         if training_args is not None:  # by a command of its own
             shorter = healing.length // 2
             otherwise = f"length={shorter}" if shorter >= SHORTEST_LENGTH else None
@@ -95,9 +95,7 @@ def plan_run(
     trains = planned.healing and planned.healing.train
     if machine.is_here and trains == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError("train='lora' needs the peft package; run `pip install '.[heal]'` in lf_hf's checkout.")
-    is_fused = False
-    with suppress(ValueError):  # no model is there
-        is_fused = "fused" in begun and FusionReport.load(place).weights_digest == begun["fused"]
+    is_fused = holds_fused(place, begun)
     if machine.is_here and (folder is not None or trains):
         made = [*(place / WORK).rglob("*"), *(place.glob("*.safetensors") if is_fused else ())]
         written = sum(file.stat().st_size for file in made if file.is_file())

@@ -58,6 +58,13 @@ def _note_of(work: Path, present: Mapping[str, str]) -> dict[str, Any]:
     return {}
 
 
+def holds_fused(folder: Path, note: Mapping[str, Any]) -> bool:
+    """Whether a folder holds, whole, the fused model that the healing of a note began with there."""
+    with suppress(OSError, ValueError):
+        return note.get("fused", "") == FusionReport.load(folder).weights_digest and not changed_files(folder)
+    return False
+
+
 def save_healed(folder: Path, save: Callable[[], None], digest: str | None) -> None:
     """Save a healed model, whose weights have this digest, into a folder, and remove what its healing went on from."""
     note_healing(folder / WORK, **_read(folder / WORK) | {"healed": digest})
