@@ -134,10 +134,7 @@ _CALIBRATION = click.option(
     help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats; or "
     "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed; or bundled: text that is installed.",
 )
-_HUB = options(
-    click.option("--gguf-file", metavar="NAME", help="GGUF file in BASE; it is dequantised when it is read."),
-    click.option("--revision", metavar="REF", help="Branch, tag or commit of BASE on the hub."),
-)
+_HUB = click.option("--revision", metavar="REF", help="Branch, tag or commit of BASE on the hub.")
 _MAX_MEMORY = click.option(
     "--max-memory", metavar="PLACES", help="How much memory may be used at each place, such as cuda:0=20GiB,cpu=30GiB."
 )

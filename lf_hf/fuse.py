@@ -99,7 +99,7 @@ def from_pretrained_fused(
     model_class : class, optional
         A class derived from FusedLlamaForCausalLM, which the result is to be of.
     **kwargs
-        FusionConfig fields. All others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
+        FusionConfig fields. All others go to `from_pretrained` (dtype, device_map, revision, ...).
 
     Returns
     -------
@@ -281,7 +281,7 @@ def heal(
     training_args : dict, optional
         Fields of transformers' TrainingArguments: bf16, gradient_checkpointing, report_to, fsdp, deepspeed, ...
     **kwargs
-        HealSettings fields. All others are for loading the base (revision, token, gguf_file, device_map, ...).
+        HealSettings fields. All others are for loading the base (revision, token, device_map, ...).
 
     Returns
     -------

@@ -127,7 +127,7 @@ def fuse_measured(
     model_class: type[FusedForCausalLM],
 ) -> FusedForCausalLM:
     """Make a base that is measured, in place, the fused model that a user gets; its report has the speeds of both."""
-    report = fuse(decoder, tokenizer, config, measured, base=base.full_name)
+    report = fuse(decoder, tokenizer, config, measured, base=base.name)
     report = with_speed(report, decoder.model, base.config)
     return model_class.adopt(decoder.model, report, tokenizer)
 

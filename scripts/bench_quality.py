@@ -350,7 +350,6 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", choices=MODELS, help="what scripts/environment fetches, once")
     parser.add_argument("--base", help="folder or hub name, in place of --model")
-    parser.add_argument("--gguf-file", help="default: the first *.gguf in --base")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--text", type=Path, help="a file of prose")
     parser.add_argument("--mmlu", type=Path, help="folder of the MMLU CSV release")
@@ -384,11 +383,11 @@ def open_base(options: argparse.Namespace, text: str, scratch: str) -> Base:
         return Base.open(scratch, {"dtype": options.dtype})
     folder = options.base
     if folder is None:
-        folder = str(ROOT / ".cache" / options.model)
+        folder = str(ROOT / ".cache" / options.model / "checkpoint")
         fetch, _ = MODELS[options.model]
-        subprocess.run(["bash", "-c", f". scripts/environment && {fetch}"], cwd=ROOT, check=True)
-    gguf = options.gguf_file or min((file.name for file in Path(folder).glob("*.gguf")), default=None)
-    return Base.open(folder, {"gguf_file": gguf, "dtype": options.dtype})
+        making = f". scripts/environment && {fetch} && as_checkpoint .cache/{options.model}"
+        subprocess.run(["bash", "-c", making], cwd=ROOT, check=True)
+    return Base.open(folder, {"dtype": options.dtype})
 
 
 def open_ways(

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What fusing costs, and what a fused model saves: tables of times, memory and their ratios.
 
-    .venv/bin/python scripts/bench_speed.py                     # everything, on .cache/smollm2
+    .venv/bin/python scripts/bench_speed.py                     # everything, on .cache/smollm2/checkpoint
     .venv/bin/python scripts/bench_speed.py --random --layers 22 --hidden 2048 --mlp 5632 --tables fusing
     .venv/bin/python scripts/bench_speed.py --tables pair --pair 4096 14336 1024
 
@@ -137,14 +137,6 @@ def row(*cells: object) -> None:
     print(
         "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
     )
-
-
-def gguf_loading(base: str) -> dict[str, Any]:
-    """How users load a base that is a GGUF file; nothing for another base."""
-    gguf = next(Path(base).glob("*.gguf"), None)
-    if gguf is None:
-        return {}
-    return {"gguf_file": gguf.name, "dtype": "bfloat16"}
 
 
 def gib(size: float) -> str:
@@ -296,7 +288,7 @@ def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
 
 def price(base: str, config: FusionConfig, calibration: TextSource) -> None:
     """What each part of a refit costs, in the order of the pipeline, and a healing if one is asked for."""
-    opened = Base.open(base, gguf_loading(base))
+    opened = Base.open(base, {})
     tokenizer = opened.tokenizer()
     decoder = Decoder(opened.load())
     config = for_model(config, opened.config)
@@ -332,7 +324,7 @@ def cut_short(base: Base, num_fusions: int, measured: Measurements) -> FusedForC
     model = base.load()
     tokenizer = base.tokenizer()
     config = FusionConfig(num_fusions, "truncate", perplexity_tokens=0)
-    report = pipeline.fuse(Decoder(model), tokenizer, config, measured, base=base.full_name)
+    report = pipeline.fuse(Decoder(model), tokenizer, config, measured, base=base.name)
     return fused_class(base.config).adopt(model, report, tokenizer)
 
 
@@ -389,7 +381,6 @@ def swept(_: ModuleType, base: str, folder: str, levels: Sequence[int], methods:
         tasks=TASKS,
         calibration=f"{folder}/text.txt",
         settings=SWEPT,
-        **gguf_loading(base),
     )
     return [(point.perplexities, point.scores) for point in points[1:]]
 
@@ -398,7 +389,7 @@ def one_by_one(
     lm_eval: ModuleType, base: str, folder: str, levels: Sequence[int], methods: Sequence[str]
 ) -> list[Scores]:
     """The reference: what is measured on the base is measured once, and all else is done for each point."""
-    evaluation, opened = lm_eval.Evaluation(TASKS), Base.open(base, gguf_loading(base))
+    evaluation, opened = lm_eval.Evaluation(TASKS), Base.open(base, {})
     configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
     tokenizer, dense = opened.tokenizer(), opened.load()
     samples, text, _ = Texts.load(configs, f"{folder}/text.txt", tokenizer)
@@ -432,17 +423,12 @@ def sweeps(base: str, levels: Sequence[int], methods: Sequence[str]) -> None:
 
 @contextmanager
 def checkpoint(options: argparse.Namespace) -> Iterator[str]:
-    """A folder with a base in safetensors: the given one, one made of a GGUF file, or a random one."""
-    if not options.random and not gguf_loading(options.base):
+    """A folder with a base: the given one, or a random one."""
+    if not options.random:
         yield options.base
         return
     with tempfile.TemporaryDirectory() as folder:
-        if options.random:
-            write_checkpoint(Path(folder), llama_config(options))
-        else:
-            opened = Base.open(options.base, gguf_loading(options.base))
-            opened.load().save_pretrained(folder)
-            opened.tokenizer().save_pretrained(folder)
+        write_checkpoint(Path(folder), llama_config(options))
         yield folder
 
 
@@ -450,7 +436,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("stages", "pair", "price", "fusing", "processes", "sweep")
     parser.add_argument("--tables", nargs="+", choices=names, default=names)
-    parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder of a checkpoint")
+    parser.add_argument(
+        "--base", default=str(ROOT / ".cache" / "smollm2" / "checkpoint"), help="folder of a checkpoint"
+    )
     parser.add_argument("--random", action="store_true", help="instead, a random checkpoint of this shape:")
     add_shape(parser)
     shape = ("HIDDEN", "MLP", "KV")
@@ -467,7 +455,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; base: ", end="")
-    print("random weights" if options.random else Path(options.base).name)
+    print("random weights" if options.random else options.base)
     if "pair" in options.tables:
         pairs(options.pair)
     if options.tables == ["pair"]:

@@ -42,7 +42,7 @@ judge.CONTINUED_LENGTH = 6  # tokens that models add to each prompt; 24 take lon
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-GGUF = ROOT / ".cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = ROOT / ".cache" / "smollm2" / "checkpoint"
 
 WORDS = "layer model neuron weight fuse match row column head state token train learn small large deep".split()
 
@@ -282,43 +282,11 @@ def run_lm_eval(monkeypatch: pytest.MonkeyPatch, own_tasks: None) -> Callable[[S
 
 
 @pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GGUF file with quantised weights of a tiny Llama of 6 layers, which reads prompts of five questions."""
-    gguf = pytest.importorskip("gguf")
-    model = make_llama(num_hidden_layers=6, intermediate_size=64, max_position_embeddings=8192)
-    file, config = tmp_path_factory.mktemp("gguf") / "tiny.gguf", model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    tokenizer = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
-        quantised = gguf.quantize(tensor.numpy(), kind)
-        writer.add_tensor(names.get_name(name, [".weight"]), quantised, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-@pytest.fixture(scope="session")
-def gguf_folder() -> str:
-    """The folder of a real model, read from a GGUF file."""
-    if not GGUF.is_file():
-        pytest.skip(f"{GGUF.relative_to(ROOT)} is missing; scripts/quickstart and scripts/test fetch it")
-    return str(GGUF.parent)
+def smollm2() -> Path:
+    """A real Llama."""
+    if not SMOLLM2.is_dir():
+        pytest.skip(f"{SMOLLM2.relative_to(ROOT)} is missing; scripts/quickstart and scripts/test make it")
+    return SMOLLM2
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
-import glob
-import importlib.util
 import os
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging, quantization_config
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
@@ -54,10 +51,10 @@ from lf_hf.runtime.launch import Processes, own_device
 
 logger = logging.get_logger(__name__)
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "max_memory", "output_loading_info", "use_safetensors", "variant")
 """Those, and others that hold for a base only, and not for what it is fused to."""
-_QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
+_QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit", "gguf_file")
 _SAFETENSORS = "*.safetensors*"  # and their index
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -88,12 +85,12 @@ class Base:
             raise ValueError(f"base must be the folder or hub name of a checkpoint, got {name!r:.80}.")
         name = os.fspath(name)
         if os.path.isfile(name):
-            raise ValueError(f"{name!r} is a file; give the folder of the checkpoint (and gguf_file for a GGUF file).")
+            raise ValueError(f"{name!r} is a file; give the folder of the checkpoint.")
         check_device(loading.get("device_map"))
         if loading.get("revision") and os.path.isdir(name):
             logger.warning(f"revision={loading['revision']!r} has no effect on a folder, which is taken as it is.")
         hub = hub_arguments(loading)
-        if not hub.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub):
+        if optional_file(name, ADAPTER_CONFIG_NAME, hub):
             raise ValueError(f"{name!r} is an adapter, not a model; merge it into its base, and fuse that.")
         config = _as_text(read_config(name, hub))
         if problem := _problem(name, config, loading):
@@ -104,12 +101,6 @@ class Base:
     def text_config(self) -> PreTrainedConfig:
         """The config of the decoder, which is a part of that of a vision-language model."""
         return self.config.get_text_config()
-
-    @property
-    def full_name(self) -> str:
-        """The name, with that of the GGUF file in it, for people."""
-        gguf_file = self.loading.get("gguf_file")
-        return f"{self.name}/{gguf_file}" if gguf_file else self.name
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -132,8 +123,6 @@ class Base:
     @property
     def _weights(self) -> str:
         """Pattern of the names of the files of weights."""
-        if gguf_file := self.loading.get("gguf_file"):
-            return glob.escape(str(gguf_file))
         return "*.bin" if self.loading.get("use_safetensors") is False else _SAFETENSORS
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -146,8 +135,7 @@ class Base:
             folder = local_folder(self.name, self.hub | {"local_files_only": True}, [self._weights])
             if self._weights == _SAFETENSORS:
                 return weight_files(folder, self.loading.get("variant"))
-            named = folder / (self.loading.get("gguf_file") or self._weights)
-            return [named] if named.is_file() else sorted(folder.glob(self._weights))
+            return sorted(folder.glob(self._weights))
         except (ValueError, OSError):
             if os.path.isdir(self.name):
                 raise
@@ -155,17 +143,13 @@ class Base:
 
     def content_files(self) -> list[Path]:
         """The files that decide what the model computes and how it reads text; those of the hub are downloaded."""
-        patterns = [self._weights]
-        if "gguf_file" not in self.hub:
-            patterns += [*CHECKPOINT_FILES, *PROCESSOR_FILES]
+        patterns = [self._weights, *CHECKPOINT_FILES, *PROCESSOR_FILES]
         folder = local_folder(self.name, self.hub, patterns)
         files = {file for pattern in patterns for file in folder.glob(pattern)}
         return sorted(file for file in files if not file.match(UNREAD))
 
     def check_generation_config(self) -> None:
         """Raise ValueError if the settings for generation, which are saved with a result, are not valid."""
-        if "gguf_file" in self.hub:
-            return
         found = optional_file(self.name, GENERATION_CONFIG_NAME, self.hub)
         older: dict[str, Any] = {} if found else {"config_file_name": CONFIG_NAME, "_from_model_config": True}
         with (
@@ -203,21 +187,14 @@ class Base:
         run code, unless use_safetensors=False asks for them, and for arguments that transformers does not know.
         """
         loading = {**self.loading, **placing, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        if "gguf_file" in self.hub:
-            if hasattr(quantization_config, "GgufConfig"):
-                # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
-                loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
-        elif self._weights == _SAFETENSORS:
+        if self._weights == _SAFETENSORS:
             loading["use_safetensors"] = True
             weights = local_folder(self.name, hub_arguments(self.loading), [_SAFETENSORS])  # which downloads them
             tensor_files(weights, loading.get("variant"))
             loading.pop("force_download", None)  # as that has fetched them again
-        with (  # a TypeError is for an argument that nobody takes, before weights are read
-            explained(f"{self.full_name!r} cannot be loaded", "check the arguments", TypeError),
-            _gguf_file_read_once(self.loading),
-        ):
+        # A TypeError is for an argument that nobody takes, before weights are read.
+        with explained(f"{self.name!r} cannot be loaded", "check the arguments", TypeError):
             model, info = model_class(self.config).from_pretrained(self.name, **loading)
-        _gguf_reader.cache_clear()
         layers = f"{text_prefix(model)}layers."
         # Old checkpoints hold rotary embeddings, and other tensors outside the layers do no harm.
         unknown = [name for name in info["unexpected_keys"] if name.startswith(layers) and "rotary_emb" not in name]
@@ -276,12 +253,9 @@ def check_device(device_map: Any) -> None:
 
 def read_config(name: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
     """The config of a checkpoint. Raises ValueError if there is none that can be read."""
-    if hub.get("gguf_file") and importlib.util.find_spec("gguf") is None:
-        raise ValueError("Reading a GGUF file needs the gguf package; run `pip install '.[gguf]'` in lf_hf's checkout.")
     finish_save(Path(name, hub.get("subfolder", "")))
     try:
-        with _gguf_file_read_once(hub):
-            return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # only stock classes can be fused
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not
         why = reason(error)
         if isinstance(error.__cause__ or error, HFValidationError):
@@ -309,7 +283,7 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
     is_known = config.model_type in MODEL_TYPES
     if family is None or not is_known or not isinstance(text, family.config_class):  # of code beside a checkpoint
         return f"is a {config.model_type!r} model; {why_refused(text)}"
-    if getattr(config, "quantization_config", None) and not loading.get("gguf_file"):
+    if getattr(config, "quantization_config", None):
         return "is quantised; fuse the original floating-point checkpoint instead"
     if getattr(config, "is_heterogeneous", False):
         return "has layers of different kinds (per_layer_config); only layers of one kind fuse"
@@ -332,7 +306,7 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
 def load_tokenizer(base: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer beside a base. Raises ValueError if there is none that can be read."""
     trusted = bool(kwargs.get("trust_remote_code"))
-    with reading_tokenizer(base), _gguf_file_read_once(kwargs):
+    with reading_tokenizer(base):
         return AutoTokenizer.from_pretrained(base, trust_remote_code=trusted, **hub_arguments(kwargs))
 
 
@@ -341,31 +315,10 @@ def reading_tokenizer(base: str) -> AbstractContextManager[None]:
     return explained(f"No tokenizer can be read for {base!r}", "put the base's own there")
 
 
-@functools.lru_cache(maxsize=1)
-def _gguf_reader(reader: Any, path: str, modified: int) -> Any:
-    return reader(path)
-
-
-@contextmanager
-def _gguf_file_read_once(loading: Mapping[str, Any]) -> Iterator[None]:
-    """Let transformers read a GGUF file once, not for config, tokenizer and weights each; it may take a minute."""
-    if not loading.get("gguf_file"):
-        yield
-        return
-    import gguf  # an optional package
-
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = lambda path: _gguf_reader(reader, str(path), os.stat(path).st_mtime_ns)  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = reader  # type: ignore[misc]
-
-
 def optional_file(base: str, name: str, hub: Mapping[str, Any]) -> str | None:
     """Path of a checkpoint's file on this machine, None if there is no such file, or it cannot be fetched."""
     with suppress(HFValidationError, OSError):
-        return cached_file(base, name, **{key: value for key, value in hub.items() if key != "gguf_file"})
+        return cached_file(base, name, **hub)
     return None
 
 

@@ -20,7 +20,7 @@ from lf_hf.settings import FusionConfig
 
 CARD_NAME = "README.md"
 # The hub refuses a card that names no repository. A name without its owner is that of a folder.
-_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(/.+\.gguf)?", re.ASCII)
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Of the hub's adapter, merge (of several models), quantized and finetune: new weights made from those of one model.
 _RELATION = "finetune"
 _LICENSE = ("license", "license_name", "license_link")
@@ -58,8 +58,8 @@ def base_license(card: str) -> dict[str, str]:
 
 def _metadata(report: FusionReport, config: PretrainedConfig) -> ModelCardData:
     values: dict[str, Any] = {name: value for name, value in report.license.items() if name in _LICENSE}
-    if repository := _REPOSITORY.fullmatch(report.base):
-        values |= {"base_model": repository[1], "base_model_relation": _RELATION}
+    if _REPOSITORY.fullmatch(report.base):
+        values |= {"base_model": report.base, "base_model_relation": _RELATION}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text" if is_wrapper(config) else "text-generation",
@@ -77,10 +77,8 @@ def _commands(report: FusionReport) -> str:
     settings = report.settings.items()
     options = {name: value for name, value in settings if name in always or (name, value) not in defaults.items()}
     options["dtype"] = report.dtype and report.dtype.removeprefix("torch.")
-    base, file = report.base_and_gguf_file
-    if base.startswith("-"):  # no option, but a folder of that name
-        base = f"./{base}"
-    opening = {"gguf_file": file, "revision": report.revision}
+    base = f"./{report.base}" if report.base.startswith("-") else report.base  # no option, but a folder of that name
+    opening = {"revision": report.revision}
     commands = [_command(["lf-hf", "fuse", base, "out"], options | opening)]
     healings = report.healed.all if report.healed else []
     if "heal_tokens" in report.settings:

@@ -64,7 +64,7 @@ class FusedForCausalLM(PreTrainedModel):
         config = model.config
         if not is_wrapper(config):  # a vision-language model is saved under the names that its base's files have
             model._weight_conversions = []
-        for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # which the loader of a GGUF file leaves
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # which a loader leaves that dequantises
             vars(model).pop(name, None)
         for name in ("quantization_config", *NOT_KEPT):
             vars(config).pop(name, None)
@@ -110,7 +110,7 @@ class FusedForCausalLM(PreTrainedModel):
         if os.path.isdir(name):
             model._opened_in = Path(name, hub.get("subfolder", "")).resolve()
             model.processor_files = read_processor_files(name, model.config, hub)
-            from_files = kwargs["use_safetensors"] and kwargs.get("state_dict") is None and not hub.get("gguf_file")
+            from_files = kwargs["use_safetensors"] and kwargs.get("state_dict") is None
             if from_files and getattr(model, "hf_quantizer", None) is None:  # quantised weights are integers
                 tensor_files(model._opened_in, variant)
         if name and (file := optional_file(name, REPORT_NAME, hub)):

@@ -34,7 +34,6 @@ def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
     """The folder of a checkpoint; of one on the hub, files of these patterns are downloaded."""
     where = dict(hub)
     subfolder = where.pop("subfolder", "")
-    where.pop("gguf_file", None)
     if os.path.isdir(base):
         return Path(base, subfolder)
     place = f"{subfolder.strip('/')}/" if subfolder else ""

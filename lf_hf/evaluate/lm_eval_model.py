@@ -31,7 +31,7 @@ from lf_hf.settings import LEVELS, FusionConfig
 # Below lm-eval's own logger, so that its level and format hold here too.
 eval_logger = logging.getLogger("lm_eval.models.fused")
 # Ways in which HFLM loads weights without passing them through from_pretrained, or changes them afterwards.
-_NOT_WHILE_FUSING = ("autogptq", "delta", "gptqmodel", "tp_plan")
+_NOT_WHILE_FUSING = ("autogptq", "delta", "gguf_file", "gptqmodel", "tp_plan")
 
 _NOT_FUSED = (
     "{name} is a {kind!r} model that is not fused; give num_fusions=N with a base's name to fuse it while loading, or "
@@ -41,7 +41,7 @@ _NOT_FUSED = (
 # HFLM's own arguments, and those of them that from_pretrained takes too, as it does all others.
 _HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters.keys()
 _PLACING = ("device_map", "max_memory", "offload_folder")  # HFLM works these out by itself
-_ABOUT_LOADING = {"dtype", "gguf_file", "revision", "subfolder", "trust_remote_code"}
+_ABOUT_LOADING = {"dtype", "revision", "subfolder", "trust_remote_code"}
 # What a misspelt argument may mean; from_pretrained takes more.
 _KNOWN = (*FusionConfig.known, "calibration", "fused_dir", "attn_implementation", *_HFLM_ARGUMENTS)
 # What results hold of the report, besides sizes and pairs.
@@ -81,8 +81,7 @@ class FusedLM(HFLM):
             fused_dir: Folder to keep the fused model in: loaded if it was made of the same base, calibration text and
                 settings, else fused and saved there.
             **kwargs: All other fields of ``lf_hf.FusionConfig``, whose defaults and ranges are documented there. And
-                every argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``,
-                ``peft``, ...
+                every argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``peft``, ...
 
         Raises:
             ValueError: Before the model is loaded, for settings out of range, a base, adapter or calibration text that
@@ -168,7 +167,7 @@ class FusedLM(HFLM):
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
         # add_bos_token and the like are about the evaluation; a model is fused and saved with its own tokenizer.
         if self.fusion_config is not None and isinstance(tokenizer, str):
-            tokenizer = bases.load_tokenizer(tokenizer, {**self._base.loading, "gguf_file": None})
+            tokenizer = bases.load_tokenizer(tokenizer, self._base.loading)
         self._base_tokenizer = tokenizer  # None for that beside the base
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:

@@ -79,7 +79,7 @@ def sweep(
     settings : dict, optional
         FusionConfig fields for every fusion.
     **kwargs
-        As for `from_pretrained` (dtype, device_map, revision, gguf_file, ...). In a launch with a process for each
+        As for `from_pretrained` (dtype, device_map, revision, ...). In a launch with a process for each
         GPU, device_map="cuda" is each one's own.
 
     Returns the dense model's point first, then the others by level.
@@ -106,7 +106,7 @@ def sweep(
     maker.check_healing()
     asked |= {"tasks": sorted(tasks), "limit": limit and float(limit)}  # a command line gives 20.0 for 20
     keys = maker.keys(json.dumps(asked, sort_keys=True), by_default=calibration is None)
-    results = Results(folder, opened.full_name, list(keys))
+    results = Results(folder, opened.name, list(keys))
     if calibration is None and (earlier := default_source(point.calibration for point in results.points())):
         maker.texts = Texts.load(configs, earlier, tokenizer)  # those that points which are there were made on
     maker.make(keys, results)

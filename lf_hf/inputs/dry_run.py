@@ -68,7 +68,7 @@ def plan_fusion(inputs: FusionInputs, out: FilePath | None = None) -> DryRun:
     how_many = f"{removed} {plural(removed, 'fusion')}"
     if config.within_budget:
         how_many = "as many fusions as the budget allows, figures for one"
-    return DryRun(f"{opened.full_name} with {config.method}, {how_many}", lines, plan, notes)
+    return DryRun(f"{opened.name} with {config.method}, {how_many}", lines, plan, notes)
 
 
 def plan_heal(inputs: HealInputs, out: FilePath) -> DryRun:

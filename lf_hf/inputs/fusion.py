@@ -110,7 +110,7 @@ class FusionInputs:
         base = Base.open(base, loading)
         if model_class is not None and not issubclass(model_class, stock_class(base.config)):
             kind = base.config.model_type
-            raise ValueError(f"{base.full_name!r} is a {kind!r} model; fuse it with lf_hf.from_pretrained_fused.")
+            raise ValueError(f"{base.name!r} is a {kind!r} model; fuse it with lf_hf.from_pretrained_fused.")
         config = for_model(config, base.config)
         if ignored := config.without_effect(calibration):
             logger.warning(f"Without effect on method={config.method!r}: {', '.join(ignored)}.")

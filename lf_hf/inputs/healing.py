@@ -93,7 +93,7 @@ class HealInputs:
         vocab_size = config.get_text_config().vocab_size
         if opened.text_config.vocab_size != vocab_size:
             raise ValueError(
-                f"{opened.full_name!r} has {opened.text_config.vocab_size} embeddings, and the fused model "
+                f"{opened.name!r} has {opened.text_config.vocab_size} embeddings, and the fused model "
                 f"{vocab_size}; give the base that it was fused from."
             )
         if layers != report.layers_after:
@@ -158,7 +158,7 @@ class HealInputs:
         """Raise ValueError if a base whose weights have this digest is not the one that was fused."""
         if digest not in (None, self.report.base_digest):
             raise ValueError(
-                f"{self.base.full_name!r} is not the base that this model was fused from, which was "
+                f"{self.base.name!r} is not the base that this model was fused from, which was "
                 f"{self.report.base!r}: its weights are others; give that one."
             )
 
@@ -173,12 +173,9 @@ class HealInputs:
 def _base_name(
     base: str | os.PathLike[str] | None, report: FusionReport, hub: Mapping[str, Any]
 ) -> tuple[str | os.PathLike[str], dict[str, Any]]:
-    """The base's folder or hub name, and the arguments to open it with: the report knows its GGUF file."""
-    folder, file = report.base_and_gguf_file
-    if base is None:
-        base, hub = folder, {"revision": report.revision, **hub}
-        if "/" not in base:
-            raise ValueError(f"The report names the base {report.base!r} only; say where it is with base=FOLDER.")
-    if file and not hub.get("gguf_file") and (os.fspath(base) == folder or Path(base, file).is_file()):
-        return base, {**hub, "gguf_file": file}
-    return base, dict(hub)
+    """The base's folder or hub name, and the arguments to open it with."""
+    if base is not None:
+        return base, dict(hub)
+    if "/" not in report.base:
+        raise ValueError(f"The report names the base {report.base!r} only; say where it is with base=FOLDER.")
+    return report.base, {"revision": report.revision, **hub}

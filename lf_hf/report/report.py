@@ -99,14 +99,6 @@ class FusionReport:
             return {name: value for name, value in self.config.items() if name in in_effect}
         return self.config
 
-    @property
-    def base_and_gguf_file(self) -> tuple[str, str | None]:
-        """The base's folder or hub name, and the name of its GGUF file, if it is one."""
-        if not self.base.lower().endswith(".gguf"):
-            return self.base, None
-        folder, _, file = self.base.rpartition("/")
-        return folder or ".", file
-
     def for_weights(self, digest: str | None) -> FusionReport:
         """The report of a model with these weights: with a note if they are not those that were fused."""
         if digest is None or self.weights_digest in (None, digest) or CHANGED_NOTE in self.notes:

@@ -10,15 +10,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import hypothesis
 import pytest
 import torch
 from builders import make_point, make_report
-from conftest import GGUF, QUICK, dry_run, make_llama, make_texts, pickled, same, tensors
+from conftest import QUICK, dry_run, make_llama, make_texts, pickled, same, tensors
 from huggingface_hub.utils._paths import filter_repo_objects
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
@@ -343,44 +341,10 @@ def test_arguments_of_transformers_pass(base: str) -> None:
     assert model.config.use_cache is False and model.config.max_position_embeddings == 128
 
 
-def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    with pytest.raises(ValueError, match="needs the gguf package"):
-        from_pretrained_fused(base, gguf_file="x.gguf", **QUICK)
-
-
-def test_a_gguf_base_is_read_once_as_plain_floats(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Newer transformers leaves weights packed where it finds a kernel; here it finds a stand-in, and Llama's names."""
-    gguf = pytest.importorskip("gguf")
-    quantizer = pytest.importorskip("transformers.quantizers.quantizer_gguf")
-    names = pytest.importorskip("transformers.integrations.gguf.gguf_conversion_mapping")
-    norms = {"output_norm": "model.norm", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-    renamed = [names.WeightRenaming(rf"\b{name}\.", f"{norm}.") for name, norm in norms.items()]
-    monkeypatch.setitem(names.GGUF_ARCHS, "llama", lambda _: names.DENSE_DECODER_RENAMINGS + renamed)
-    monkeypatch.setattr(quantizer, "get_gguf_kernel", lambda: SimpleNamespace(supports=lambda _: True))
-    packed = LlamaForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype="bfloat16")
-    assert type(packed.model.layers[0].mlp.up_proj).__name__ == "GgufLinear"
-    monkeypatch.setattr(gguf, "GGUFReader", reader := Mock(side_effect=gguf.GGUFReader))
-    opened = Base.open(tiny_gguf.parent, {"gguf_file": tiny_gguf.name, "dtype": "bfloat16"})
-    opened.tokenizer()
-    llama = opened.load()
-    assert {type(module) for name, module in llama.named_modules() if name.endswith("_proj")} == {torch.nn.Linear}
-    assert all(parameter.is_floating_point() for parameter in llama.parameters())
-    assert reader.call_count == 1 and gguf.GGUFReader is reader
-
-
-def test_a_gguf_file_is_found_by_its_name_and_not_as_a_pattern(tiny_gguf: Path, tmp_path: Path) -> None:
-    named = tmp_path / "tiny[1].gguf"
-    shutil.copy(tiny_gguf, named)
-    opened = Base.open(tmp_path, {"gguf_file": named.name})
-    assert opened.content_files() == opened.files() == [named]
-
-
-def test_a_layer_is_fitted_to_two_of_a_real_model(gguf_folder: str, tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    given: dict[str, Any] = {"gguf_file": GGUF.name, "dtype": "bfloat16", "num_fusions": 1, "method": "refit"}
+def test_a_layer_is_fitted_to_two_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"dtype": "bfloat16", "num_fusions": 1, "method": "refit"}
     given |= {"selection": "least_influence", "calibration_tokens": 1024, "calibration": "bundled"}
-    report = fuse_checkpoint(gguf_folder, tmp_path, perplexity_tokens=256, **given)
+    report = fuse_checkpoint(smollm2, tmp_path, perplexity_tokens=256, **given)
     assert [layer.layers for layer in report.fused_layers] == [[24, 25]]
     for text in report.perplexities:
         assert text.dense < text.fused < 1.2 * text.dense

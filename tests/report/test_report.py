@@ -96,7 +96,7 @@ SPEED = SpeedInfo(
 BUDGET = BudgetInfo("max_divergence", 0.5, 1000, [BudgetTrial(3, 0.25, 1.5), BudgetTrial(4, math.inf, 9.0)])
 REPORTS = {
     "averaged": small_report(
-        base="owner/model/file.gguf",
+        base="owner/model",
         config=FusionConfig(2, "mka", rank_normalize=False).to_dict(),
         continuations=[Continuation("def f():", "\n    a | b", ""), Continuation("Two", "three", "four")],
         dtype="torch.bfloat16",
@@ -210,8 +210,7 @@ def test_settings_that_are_not_listed_have_no_effect(method: str, base: str, tex
     ("name", "published"),
     [
         ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
-        ("owner/model-GGUF/model.Q4.gguf", "owner/model-GGUF/model.Q4.gguf"),
-        ("/home/me/secret/model.Q4.gguf", "model.Q4.gguf"),
+        ("/home/me/secret/model", "model"),
         ("C:\\Users\\me\\model", "model"),
         ("/", "/"),
         ("mine/model", "model"),
