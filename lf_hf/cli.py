@@ -136,7 +136,9 @@ _CALIBRATION = click.option(
 )
 _HUB = click.option("--revision", metavar="REF", help="Branch, tag or commit of BASE on the hub.")
 _MAX_MEMORY = click.option(
-    "--max-memory", metavar="PLACES", help="How much memory may be used at each place, such as cuda:0=20GiB,cpu=30GiB."
+    "--max-memory",
+    metavar="PLACES",
+    help="How much memory may be used at each place, such as cpu=2GiB, or cuda:0=20GiB,cpu=30GiB.",
 )
 _LOADING = options(
     _HUB,
@@ -151,7 +153,7 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done,
     epilog=_examples(
         "fuse path/to/model out --num-fusions 4 --dry-run",
         "fuse path/to/model out --target-layers 28 --calibration my_text.txt",
-        "fuse path/to/Meta-Llama-3-70B out --target-layers 70 --method refit --low-memory",
+        "fuse path/to/Meta-Llama-3-70B out --target-layers 70 --method refit --max-memory cpu=60GiB",
     )
 )
 @_BASE
@@ -159,10 +161,9 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done,
 @setting_options(FusionConfig, *LEVELS, "method", method="healed")
 @_CALIBRATION
 @_LOADING
-@click.option("--low-memory", is_flag=True, help="Leave the weights on disk, and load a few layers at a time.")
 @_DRY_RUN
 @setting_options(FusionConfig, *_MECHANICS)
-def fuse(base: str, out: str, low_memory: bool, dry_run: bool, **given: Any) -> None:
+def fuse(base: str, out: str, dry_run: bool, **given: Any) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
 
     Ends with a table of layers, parameters and size on disk, and of three figures on two texts: perplexity before and
@@ -176,12 +177,12 @@ def fuse(base: str, out: str, low_memory: bool, dry_run: bool, **given: Any) -> 
     if dry_run:
         from lf_hf.inputs.dry_run import plan_fusion
 
-        inputs = FusionInputs.open(opened, config, calibration, None, {}, low_memory=low_memory)
+        inputs = FusionInputs.open(opened, config, calibration, None, {})
         show(_with_options(plan_fusion(inputs, out).summary()))
         return
     # Their notes stand below the table.
     with _without_warnings("lf_hf.measure.dense", "lf_hf.pipeline", "lf_hf.healing.result"):
-        report = lf_hf.fuse_checkpoint(opened, out, config, low_memory=low_memory, calibration=calibration)
+        report = lf_hf.fuse_checkpoint(opened, out, config, calibration=calibration)
     if not speaks():
         return
     base_size = sum(file.stat().st_size for file in opened.files())

@@ -28,8 +28,6 @@ from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
-MAX_SHARD_BYTES, LOW_MEMORY_SHARD_BYTES = 500_000_000, 200_000_000
-"""Size of an output file, about; the second with `low_memory`, as a file is in memory while it is written."""
 
 
 class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin):
@@ -194,10 +192,8 @@ def fuse_checkpoint(
     out: str | os.PathLike[str],
     config: FusionConfig | None = None,
     *,
-    low_memory: bool = False,
     calibration: TextSource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_bytes: int | None = None,
     **kwargs: Any,
 ) -> FusionReport:
     """Fuse a checkpoint into another folder, as a plain checkpoint of the base's own architecture.
@@ -213,16 +209,10 @@ def fuse_checkpoint(
         Where to write. A fused checkpoint in that folder is replaced; what lf_hf did not write stays.
     config, calibration, tokenizer
         As for `from_pretrained_fused`.
-    low_memory : bool
-        Leave all weights on disk, and hold a few layers at a time, or for a refit those of one group. On the CPU the
-        tensors written are the same, bit for bit. On another device each layer is read while the one before it is used.
-        A healing takes the memory of its training.
-    max_shard_bytes : int, optional
-        Size of an output file, about: 500 MB by default. With `low_memory` it is also what is held in memory while
-        writing, and 200 MB by default.
     **kwargs
-        FusionConfig fields. All others are as for `from_pretrained` (revision, token, dtype, device_map, max_memory,
-        ...); with `low_memory` device_map is one device.
+        FusionConfig fields. All others are as for `from_pretrained` (revision, token, dtype, device_map, ...).
+        `max_memory` limits what is used, as "cpu=2GiB" or {0: "20GiB", "cpu": "30GiB"}: the weights that do not fit
+        lie on disk, and on the CPU the tensors written are the same, bit for bit.
 
     Returns
     -------
@@ -238,14 +228,12 @@ def fuse_checkpoint(
     from lf_hf import pipeline
 
     folder = checked_folder(out)
-    inputs = FusionInputs.open(base, config, calibration, tokenizer, kwargs, low_memory=low_memory)
+    inputs = FusionInputs.open(base, config, calibration, tokenizer, kwargs)
     if inputs.config.heal_tokens and (report := ended_healing(folder, lambda: inputs.healing_identity)):
         return report
     check_replaceable(out, inputs.base.name)
     with _work_in(folder) as scratch:
-        size = max_shard_bytes or (LOW_MEMORY_SHARD_BYTES if low_memory else MAX_SHARD_BYTES)
-        own = tokenizer is not None
-        return pipeline.run(inputs, folder, scratch=scratch, own_tokenizer=own, max_shard_size=size).report
+        return pipeline.run(inputs, folder, scratch=scratch, own_tokenizer=tokenizer is not None).report
 
 
 def heal(

@@ -274,12 +274,12 @@ def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
         floor = timed_apart(partial(shutil.copytree, base), partial(str, f"{scratch}/copy"))
         row("copying", floor.wall, 1, floor.cpu, gib(floor.peak), floor.peak / size, "")
         for method in methods:
-            for low_memory in (False, True):
-                given: dict[str, Any] = {"method": method, "num_fusions": num_fusions, "low_memory": low_memory}
+            for place, placed in {"in memory": {}, "from disk": {"device_map": {"": "disk"}}}.items():
+                given: dict[str, Any] = {"method": method, "num_fusions": num_fusions, **placed}
                 way = partial(fusing, base=base, out=f"{scratch}/{method}", **given)
                 run = timed_apart(way, partial(paragraphs, 512))
-                name = f"{method}, {'low memory' if low_memory else 'in memory'}"
                 parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.result.items())
+                name = f"{method}, {place}"
                 row(name, run.wall, run.wall / floor.wall, run.cpu, gib(run.peak), run.peak / size, parts)
 
 

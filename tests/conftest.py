@@ -53,12 +53,14 @@ def make_texts(count: int = 57, seed: int = 0) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=rng.randint(3, 20))) + f" {n}." for n in range(count)]
 
 
-def dry_run(
-    base: str | Path, config: FusionConfig, *, calibration: Any = None, low_memory: bool = False, **given: Any
-) -> DryRun:
+def dry_run(base: str | Path, config: FusionConfig, *, calibration: Any = None, **given: Any) -> DryRun:
     """What is said of what `fuse_checkpoint` would do with these arguments."""
     out = given.pop("out", None)
-    return plan_fusion(FusionInputs.open(base, config, calibration, None, given, low_memory=low_memory), out)
+    return plan_fusion(FusionInputs.open(base, config, calibration, None, given), out)
+
+
+ON_DISK: dict[str, Any] = {"device_map": {"": "disk"}}
+"""All weights: what a plan does by itself where little memory may be used, but of models that are not tiny."""
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
-from conftest import make_llama, make_texts, same, save_base, tensors
+from conftest import ON_DISK, make_llama, make_texts, same, save_base, tensors
 from tqdm import tqdm
 from transformers import Trainer
 
@@ -191,7 +191,7 @@ def main(folder: Path) -> None:
     # Every how many steps the writing of 1 fusion in place of 2 is cut off, and how it is written.
     ways: dict[str, tuple[int, Callable[[Path, int], Any]]] = {
         "save": (1, lambda out, count: models[count].save_pretrained(out, max_shard_size=shards[count])),
-        "fuse": (7, lambda out, count: fuse_checkpoint(base, out, num_fusions=count, low_memory=True, **settings)),
+        "fuse": (7, lambda out, count: fuse_checkpoint(base, out, num_fusions=count, **settings, **ON_DISK)),
         "fused_dir": (7, lambda out, count: fuse(num_fusions=count, fused_dir=out)),
     }
     for name, (every, write) in ways.items():

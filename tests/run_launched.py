@@ -17,7 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_llama, make_texts, tensors
+from conftest import ON_DISK, make_llama, make_texts, tensors
 from run_faults import Answers
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -39,7 +39,7 @@ TEMPLATE = (  # so that processes share chats to write, too
 )
 SETTINGS: dict[str, dict[str, Any]] = {
     "refit": {"method": "refit", "num_fusions": 2},
-    "refit, on disk": {"method": "refit", "selection": "least_influence", "num_fusions": 2, "low_memory": True},
+    "refit, on disk": {"method": "refit", "selection": "least_influence", "num_fusions": 2} | ON_DISK,
     "within a budget": {"method": "truncate", "selection": "least_influence", "max_divergence": 10.0},
     "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
 }
@@ -66,7 +66,7 @@ def fuse(folder: Path, name: str, out: Path) -> str | None:
     # Of 31 sequences, so that shares are not even.
     given: dict[str, Any] = {"calibration_tokens": 1984, "calibration_length": 64, "perplexity_tokens": 300}
     given |= {"dtype": "float64", "calibration": make_texts(100), "speed": False} | SETTINGS[name]
-    if given.pop("low_memory", False):
+    if "device_map" in given:
         return lf_hf.fuse_checkpoint(folder / "chatting", out, **given).weights_digest
     model = lf_hf.from_pretrained_fused(folder / "chatting", **given)
     model.save_pretrained(out)
@@ -135,7 +135,7 @@ def fuse_and_heal(folder: Path) -> str | None:
 def main(folder: Path, given: str = "") -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what was imported stays, and takes long to look through
-    words = "--method refit --num-fusions 2 --low-memory --calibration-tokens 1984 --calibration-length 64".split()
+    words = "--method refit --num-fusions 2 --calibration-tokens 1984 --calibration-length 64".split()
     words = ["fuse", str(folder / "base"), str(folder / "out"), *words, "--calibration", str(folder / "texts.txt")]
     refused = 0 if given else command([*words, "--ridge", "0"])  # before the processes are connected
     processes = Processes.of_launch()

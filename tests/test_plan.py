@@ -25,6 +25,7 @@ from lf_hf.plan.machine import Machine, read_max_memory
 from lf_hf.plan.plan import NoRoom, Plan, plan
 from lf_hf.plan.probe import probe
 from lf_hf.runtime import memory
+from lf_hf.runtime.memory import in_gib
 from lf_hf.runtime.numerics import computes_bfloat16
 from lf_hf.text.calibration import load_corpus
 
@@ -61,12 +62,11 @@ def test_a_base_whose_config_names_no_dtype_is_planned_as_it_is_stored(tmp_path:
     assert ", as bfloat16" in said and f"bytes on disk: {weights_size(base):,} -> " in said
 
 
-@pytest.mark.parametrize("low_memory", [True, False])
-def test_a_budget_has_a_plan_for_one_fusion(base: str, low_memory: bool) -> None:
-    config = FusionConfig(method="refit" if low_memory else "healed", max_divergence=0.1)
-    plan = dry_run(base, config, calibration=make_texts(3000), low_memory=low_memory)
+@pytest.mark.parametrize("method", ["refit", "healed"])
+def test_a_budget_has_a_plan_for_one_fusion(base: str, method: str) -> None:
+    plan = dry_run(base, FusionConfig(method=method, max_divergence=0.1), calibration=make_texts(3000))
     assert 0 < plan.plan.peak["cpu"] < 1 << 31 and "layers: 5 -> 4 " in plan.summary()
-    assert "as the budget allows" in plan.summary() and ("healing: on" in plan.summary()) == (not low_memory)
+    assert "as the budget allows" in plan.summary() and ("healing: on" in plan.summary()) == (method == "healed")
 
 
 def test_it_reads_no_weights_and_each_text_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_it_reads_no_weights_and_each_text_once(base: str, tmp_path: Path, monke
         {"num_fusions": 9},
         {"out": "taken"},
         {"calibration": ["too", "few"]},
-        {"device_map": "cuda:99", "low_memory": True},
+        {"device_map": "cuda:99"},
         {"heal_tokens": 2048, "method": "truncate", "calibration": ["too little to heal on"]},
     ],
 )
@@ -94,7 +94,7 @@ def test_it_refuses_what_fusing_refuses(
     monkeypatch.chdir(tmp_path)
     Path("taken").mkdir()
     Path("taken", "config.json").touch()
-    given: dict[str, Any] = {"num_fusions": 1, "base": base, "out": "out", "low_memory": False} | arguments
+    given: dict[str, Any] = {"num_fusions": 1, "base": base, "out": "out"} | arguments
     given["config"] = FusionConfig(**{name: given.pop(name) for name in FusionConfig.known if name in given})
     with pytest.raises((ValueError, OSError), match=r"\.$") as planning:
         dry_run(**given)
@@ -118,10 +118,8 @@ def test_a_large_model_that_is_not_downloaded_yet_is_planned(tmp_path: Path) -> 
     assert "32 -> 28 (-12.5%)" in four.summary() and "8,030,261,248 -> 7,157,813,248 (-10.9%)" in four.summary()
     assert "not on this machine yet" in four.notes[0]
     assert "disk" in four.plan.weights or four.plan.peak["cpu"] > 15 * 2**30  # as this machine has room
-    low = plan(low_memory=True).plan.peak["cpu"]
-    assert 1 < low / 2**30 < 8
-    squares = 2 * 4 * 17920**2  # Gram matrices of the channels that a fit chooses from, in float32
-    assert plan("refit", low_memory=True).plan.peak["cpu"] > low + squares
+    low = plan(max_memory="cpu=8GiB").plan
+    assert "disk" in low.weights and 1 < low.peak["cpu"] / 2**30 < 8
 
 
 def test_a_torch_that_was_built_for_cards_takes_the_cpu_where_there_is_none(
@@ -223,9 +221,6 @@ def test_what_a_user_says_counts() -> None:
     given: dict[str, str | int] = {"model.embed_tokens": "disk", "": 0}
     made = planned(machine(80), device_map=given)
     assert made.device_map == given and made.weights["disk"] == 128256 * 4096 * 2
-    low = planned(machine(memory=64), low_memory=True)
-    assert low.device_map == {"": "disk"} and low.weights.keys() == {"disk"}
-    assert low.peak["cpu"] < planned(machine(memory=64)).peak["cpu"]
 
 
 def test_the_first_rung_that_fits_trains_and_the_reason_names_the_first_that_did_not() -> None:
@@ -245,14 +240,27 @@ def test_training_splits_its_steps_and_keeps_fewer_activations_before_it_trains_
     assert [rung.gradient_checkpointing for rung in tight if rung] == [False, False, True]
 
 
-@pytest.mark.parametrize(("healing", "card"), [(None, 8), (replace(HEALING, train="fused"), 24)])
-def test_a_refusal_names_what_would_do(healing: HealSettings | None, card: int) -> None:
-    with pytest.raises(NoRoom, match=f"{card}.0 GiB are free on cuda:0, .* give a device with so much") as refused:
-        planned(machine(card), healing=healing)
-    needed = refused.value.needed / GIB
-    assert planned(machine(needed * 1.02), healing=healing).peak["cuda:0"] > 0.9 * refused.value.needed
+TIGHT = [(machine(8), None, "cuda:0"), (machine(24), "fused", "cuda:0"), (machine(80, 1), None, "cpu")]
+TIGHT += [(machine(memory=4), None, "cpu"), (machine(memory=4), "lora", "cpu")]
+
+
+@pytest.mark.parametrize(("on", "train", "place"), TIGHT)
+def test_a_refusal_names_the_least_that_would_do_and_that_does(on: Machine, train: str | None, place: str) -> None:
+    healing = train and replace(HEALING, train=train)
+    with pytest.raises(NoRoom, match=f"{in_gib(on.free[place])} are free on {place}, .* with so much") as refused:
+        planned(on, healing=healing)
+    needed = refused.value.needed
+    enough, too_little = (replace(on, free={**on.free, place: size}) for size in (needed, needed - (1 << 20)))
+    assert 0.9 * needed < planned(enough, healing=healing).peak[place] <= needed
     with pytest.raises(NoRoom):
-        planned(machine(needed * 0.98), healing=healing)
+        planned(too_little, healing=healing)
+
+
+def test_a_tiny_model_does_with_the_least_that_is_named(base: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"num_fusions": 1, "calibration": make_texts(200), "perplexity_tokens": 0}
+    with pytest.raises(NoRoom) as refused:
+        fuse_checkpoint(base, tmp_path, max_memory="cpu=1MiB", **given)
+    fuse_checkpoint(base, tmp_path, max_memory={"cpu": refused.value.needed}, **given)
 
 
 @pytest.mark.parametrize("where", ["measure", "heal_fused"])

@@ -23,7 +23,7 @@ import filelock
 import peft
 import pytest
 import torch
-from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, pickled, run_program, same, tensors
+from conftest import ON_DISK, QUICK, files, make_llama, make_texts, make_tokenizer, pickled, run_program, same, tensors
 from peft import LoraConfig, inject_adapter_in_model
 from run_faults import Answers
 from safetensors.torch import save_file
@@ -46,7 +46,7 @@ def model(base: str) -> FusedLlamaForCausalLM:
 def ways_of_fusing(base: str, out: Path) -> list[Callable[[], Any]]:
     return [
         partial(fuse_checkpoint, base, out, **QUICK),
-        partial(fuse_checkpoint, base, out, low_memory=True, **QUICK),
+        partial(fuse_checkpoint, base, out, **QUICK, **ON_DISK),
         partial(FusedLlamaForCausalLM.from_pretrained_fused, base, fused_dir=out, **QUICK),
     ]
 
@@ -337,9 +337,8 @@ def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausa
         model.write_files(folder)
         with pytest.raises(BlockingIOError, match=message):
             model.save_pretrained(tmp_path / "out")
-        for low_memory in (True, False):  # before the work, not after it
-            with pytest.raises(BlockingIOError, match=message):
-                fuse_checkpoint(base, tmp_path / "out", low_memory=low_memory, **QUICK)
+        with pytest.raises(BlockingIOError, match=message):  # before the work, not after it
+            fuse_checkpoint(base, tmp_path / "out", **QUICK)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

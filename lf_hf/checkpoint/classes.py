@@ -31,6 +31,7 @@ from lf_hf.checkpoint.weights import tensor_files, weight_files
 from lf_hf.decoder.placement import named_values
 from lf_hf.families.models import auto_class, is_wrapper, model_class
 from lf_hf.report.report import REPORT_NAME, FusionReport
+from lf_hf.runtime.amounts import MAX_SHARD_BYTES
 from lf_hf.runtime.launch import ALONE, Processes, rank
 from lf_hf.runtime.numerics import weights_digest
 
@@ -207,7 +208,7 @@ class FusedForCausalLM(PreTrainedModel):
     def save_into(self, folder: Path, *, own_tokenizer: bool = False, **saving: Any) -> None:
         """Save a plain checkpoint into a folder that is locked; `own_tokenizer`: it takes the place of one there."""
         with replaced_files(folder, own_tokenizer=own_tokenizer) as new:
-            self.write_files(new, plain=True, **saving)
+            self.write_files(new, plain=True, max_shard_size=MAX_SHARD_BYTES, **saving)
 
     def is_found_at(self, name: str) -> None:
         """Take a folder or hub name as the model's, if it has none: adapters that are trained on it name their base."""

@@ -82,6 +82,7 @@ class FusedLM(HFLM):
                 settings, else fused and saved there.
             **kwargs: All other fields of ``lf_hf.FusionConfig``, whose defaults and ranges are documented there. And
                 every argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``peft``, ...
+                ``max_memory_per_gpu`` and ``max_cpu_memory`` limit what is used, and spread the model.
 
         Raises:
             ValueError: Before the model is loaded, for settings out of range, a base, adapter or calibration text that
@@ -94,6 +95,8 @@ class FusedLM(HFLM):
             pretrained = os.fspath(pretrained)
         _check_arguments(kwargs)
         self._adapter, self._revision = kwargs.get("peft"), kwargs.get("revision")
+        if kwargs.keys() & {"max_cpu_memory", "max_memory_per_gpu"}:  # of which HFLM else takes no notice
+            kwargs["parallelize"] = True
         if kwargs.get("parallelize") and not torch.accelerator.is_available():
             kwargs["device"] = "cpu"
             if kwargs.get("max_cpu_memory") is None:

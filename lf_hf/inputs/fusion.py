@@ -87,7 +87,6 @@ class FusionInputs:
     calibration: TextSource | None
     tokenizer: PreTrainedTokenizerBase
     model_class: type[FusedForCausalLM]
-    low_memory: bool = False
     by_default: bool = False
 
     @classmethod
@@ -100,7 +99,6 @@ class FusionInputs:
         loading: dict[str, Any],
         *,
         model_class: type[FusedForCausalLM] | None = None,
-        low_memory: bool = False,
     ) -> FusionInputs:
         """Open the base, check that the settings suit it, and read its tokenizer.
 
@@ -118,7 +116,7 @@ class FusionInputs:
             logger.warning(f"calibration_length is cut to {longest}, which is all that the model takes.")
         base.check_generation_config()
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
-        return cls(base, config, calibration, tokenizer, model_class or fused_class(base.config), low_memory)
+        return cls(base, config, calibration, tokenizer, model_class or fused_class(base.config))
 
     @cached_property
     def texts(self) -> Texts:
@@ -140,7 +138,7 @@ class FusionInputs:
         begun = {}
         if folder is not None and config.healing is not None:
             begun = noted_healing(folder / WORK, lambda: self.healing_identity)
-        plan = plan_run(base, config, folder, healing=config.healing, begun=begun, low_memory=self.low_memory)
+        plan = plan_run(base, config, folder, healing=config.healing, begun=begun)
         if to_heal is not None and plan.healing is not None:
             check_text_to_heal(self.tokenizer, to_heal, plan.healing.settings, base)
         return plan

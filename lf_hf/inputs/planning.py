@@ -43,7 +43,6 @@ def plan_run(
     healing: HealSettings | None = None,
     begun: Mapping[str, Any] = MappingProxyType({}),
     training_args: Mapping[str, Any] | None = None,
-    low_memory: bool = False,
 ) -> Plan:
     """The plan on this machine, with room on the disk of `folder`, which has to be there.
 
@@ -89,7 +88,6 @@ def plan_run(
         healing=healing,
         otherwise=otherwise,
         device_map=device_map if isinstance(device_map, dict) else None,
-        low_memory=low_memory,
         rates=partial(probe, device, dtype, base.config) if machine.is_here else None,
     )
     trains = planned.healing and planned.healing.train

@@ -75,6 +75,17 @@ class Phases:
         return layers * self.shape.layer_bytes + self.shape.head * self.shape.size
 
     @property
+    def written(self) -> int:
+        """Bytes of a file of the result, which are in memory while it is written if they lie elsewhere."""
+        return min(self.shape.bytes, max(amounts.MAX_SHARD_BYTES, self.shape.head * self.shape.size))
+
+    @property
+    def least(self) -> int:
+        """What would do beside what is taken before there are weights: with all of them here, or all elsewhere."""
+        inside = self.most("elsewhere")
+        return min(inside + self.shape.bytes, max(inside + self.passing, self.written))
+
+    @property
     def lists(self) -> int:
         """The most bytes of lists of states."""
         return max(need.lists for need in self.needs.values())

@@ -27,21 +27,20 @@ from lf_hf.settings import FusionConfig, HealSettings
 
 _BATCH_SHARE = 16  # of a card's memory, one part in so many is for a batch
 _SECONDS_OF_WORK = 1e11  # operations
-_LOW_MEMORY_STATES = 1 << 27  # bytes of states in memory where little is to be used
 _STATE, _OF_ADAPTER = 12, 4  # bytes on disk of a trained parameter: it and two moments, and an adapter's alone
 _TRAINED = {"layers": "all layers", "fused": "the fused layers", "lora": "adapters", "all": "all parameters"}
 
 
 class NoRoom(ValueError):
-    """No way to run fits the machine; `needed` bytes, which the message names, would do where layers compute."""
+    """No way to run fits the machine; `needed` bytes, which the message names, would do at a place."""
 
-    def __init__(self, what: str, machine: Machine, needed: int, otherwise: str | None) -> None:
-        device = machine.device
-        free, takes = in_gib(machine.free[device]), in_gib(needed)
+    def __init__(self, what: str, machine: Machine, needed: int, otherwise: str | None, place: str = "") -> None:
+        place = place or machine.device
+        free, takes = in_gib(machine.free[place]), in_gib(needed)
         if free == takes:
-            free, takes = (f"{size:,} bytes" for size in (machine.free[device], needed))
+            free, takes = (f"{size:,} bytes" for size in (machine.free[place], needed))
         advice = "give a device with so much" + f", or {otherwise}" * bool(otherwise)
-        super().__init__(f"{free} are free on {device}, and {what} takes {takes} there at least; {advice}.")
+        super().__init__(f"{free} are free on {place}, and {what} takes {takes} there at least; {advice}.")
         self.needed = needed
 
 
@@ -151,44 +150,49 @@ def plan(
     healing: HealSettings | None = None,
     otherwise: str | None = "method='refit'",
     device_map: dict[str, str | int] | None = None,
-    low_memory: bool = False,
     rates: Callable[[], Rates] | None = None,
 ) -> Plan:
     """Decide what lies where, and what trains, from a base's config, the dtype of its weights and what a machine has.
 
     `healing` are the settings of the healing that follows; to choose what it trains, `train` is None. `otherwise` is
-    what to advise where no healing fits, `device_map` where a user wants the weights, and `low_memory` for all of them
-    on the disk, and few states in memory. `rates` measures the machine, as `probe` does; it is not asked where the work
-    is done in seconds anyway. Raises NoRoom if nothing that the settings allow fits.
+    what to advise where no healing fits, and `device_map` where a user wants the weights. `rates` measures the machine,
+    as `probe` does; it is not asked where the work is done in seconds anyway. Raises NoRoom if nothing that the
+    settings allow fits.
     """
     with torch.device("meta"):
         model = model_class(config)(config)
     shape, device = Shape.of(model, dtype.itemsize), machine.device
-    batch_bytes = CPU_BATCH
-    if machine.has_card:
-        batch_bytes = min(max(CPU_BATCH, machine.free[device] // _BATCH_SHARE), LARGEST_BATCH)
     heal_tokens = healing.tokens if healing else 0
     own, free = machine.own_bytes(shape.vocab), machine.free[device]
-    phases = _longest_that_fits(Phases(shape, fusion, batch_bytes, machine.has_card, heal_tokens), free - own)
-    states = _place_of_states(phases, machine, free - own, low_memory=low_memory)
+    phases = _that_fits(Phases(shape, fusion, CPU_BATCH, machine.has_card, heal_tokens), free, free - own)
+    steps = None if healing is None else _plan_healing(phases, machine, healing, otherwise)
+    if own + phases.least > free:
+        cheaper = None if fusion.method == "truncate" else "method='truncate'"
+        raise NoRoom("a run with all weights elsewhere", machine, own + phases.least, cheaper)
+    states = _place_of_states(phases, free - own, machine.free.get("cpu", 0))
     room = own + phases.most(states)
-    if low_memory:
-        device_map = {"": "disk"}
-    elif device_map is None and shape.bytes + room > free:
-        in_memory = phases.lists * (states == "host")
-        device_map = _placed(model, dtype, fusion, machine, room + phases.passing, in_memory)
+    in_memory = PYTHON + CONTEXT + max(phases.written, phases.lists * (states == "host"))  # beside a card
+    if device_map is None and shape.bytes + room > free:
+        room = max(room + phases.passing, own + phases.written)
+        device_map = _placed(model, dtype, machine, room, in_memory)
     weights = _weights_by_place(model, dtype, device_map or {"": device}, device)
     phases = replace(phases, on_disk="disk" in weights)
-    passing = phases.passing * (weights.keys() != {device})
-    beside = own + weights.get(device, 0) + passing
-    taken = {name: beside + need.inside + need.lists * (states == "device") for name, need in phases.needs.items()}
-    steps = None
-    if healing is not None:
-        steps = _plan_healing(phases, machine, healing, otherwise)
+    lies_elsewhere = weights.keys() != {device}
+    beside = own + weights.get(device, 0)
+    taken = {
+        name: beside + phases.passing * lies_elsewhere + need.inside + need.lists * (states == "device")
+        for name, need in phases.needs.items()
+    }
+    if steps is not None:
         taken["heal"] = steps.bytes
+    if lies_elsewhere and not machine.has_card:
+        taken["write"] = beside + phases.written
     peak = {device: max(taken.values())}
     if machine.has_card:
-        peak["cpu"] = PYTHON + CONTEXT + weights.get("cpu", 0) + phases.lists * (states == "host")
+        peak["cpu"] = weights.get("cpu", 0) + in_memory
+    for place in peak.keys() & machine.free.keys():
+        if peak[place] > machine.free[place]:
+            raise NoRoom("a run", machine, peak[place], None, place)
     parameters = shape.total, shape.total - phases.fusions * shape.layer
     made = parameters[1] * shape.size
     training = shape.hidden * 2 * heal_tokens + steps.disk if steps else 0  # the base's final states, and the Trainer's
@@ -201,7 +205,19 @@ def plan(
         work |= {"heal": steps.work, "judge": times(work.pop("judge"), 2)}  # before and after
     longest, minutes = phases.longest, _minutes(work, rates)
     return Plan(
-        machine, device_map, batch_bytes, states, longest, steps, parameters, weights, taken, peak, disk, work, minutes
+        machine,
+        device_map,
+        phases.batch_bytes,
+        states,
+        longest,
+        steps,
+        parameters,
+        weights,
+        taken,
+        peak,
+        disk,
+        work,
+        minutes,
     )
 
 
@@ -215,46 +231,40 @@ def _minutes(work: Mapping[str, Work], rates: Callable[[], Rates] | None) -> dic
     return {name: sum(amount / measured[rate] for rate, amount in of.items()) / 60 for name, of in work.items()}
 
 
-def _longest_that_fits(phases: Phases, free: int) -> Phases:
-    """With as many layers that may become one as fit where long groups are a choice, with what else lies elsewhere."""
+def _that_fits(phases: Phases, free: int, room: int) -> Phases:
+    """As many layers that may become one as have room, with what else lies elsewhere, where long groups are a choice.
+
+    Batches are small on the CPU, and on a card with little room.
+    """
     longest = least = phases.fusions + 1
     if phases.config.selection == "groups":
         longest = LONGEST_GROUP if phases.config.within_budget else min(longest, LONGEST_GROUP)
         least = 2
-    phases = replace(phases, longest=longest)
-    while phases.longest > least and phases.most("elsewhere") + min(phases.passing, phases.shape.bytes) > free:
-        phases = replace(phases, longest=phases.longest - 1)
-    return phases
+    small = large = phases.batch_bytes
+    if phases.on_card:
+        large = min(max(small, free // _BATCH_SHARE), LARGEST_BATCH)
+    tried = [replace(phases, longest=number, batch_bytes=large) for number in range(longest, least - 1, -1)]
+    least_of_all = replace(phases, longest=least, batch_bytes=small)
+    return next((phases for phases in tried if phases.least <= room), least_of_all)
 
 
-def _place_of_states(
-    phases: Phases, machine: Machine, free: int, *, low_memory: bool
-) -> Literal["device", "host", "disk"]:
-    """Where lists of states rest: where layers compute, if they fit beside all weights, else as near as they fit."""
-    if low_memory and not machine.has_card:
-        return "device" if phases.lists <= _LOW_MEMORY_STATES else "disk"
-    if phases.most("device") + (phases.passing if low_memory else phases.shape.bytes) <= free:
-        return "device"
-    if machine.has_card and phases.lists <= machine.free.get("cpu", 0) // 2:  # the rest is for layers
-        return "host"
-    return "disk"
+def _place_of_states(phases: Phases, free: int, in_memory: int) -> Literal["device", "host", "disk"]:
+    """Where lists of states rest: where layers compute, if they fit beside all weights, else as near as they fit.
 
-
-def _placed(
-    model: Any, dtype: torch.dtype, fusion: FusionConfig, machine: Machine, room: int, in_memory: int
-) -> dict[str, str | int]:
-    """Where accelerate puts layers, if `room` stays free where they compute, and beside a card so much `in_memory`.
-
-    Raises NoRoom if there is no such room.
+    `in_memory` are the bytes that are free beside a card, half of which are for layers.
     """
-    device = machine.device
-    if room > machine.free[device]:
-        cheaper = None if fusion.method == "truncate" else "method='truncate'"
-        raise NoRoom("a run with all weights elsewhere", machine, room, cheaper)
+    if phases.most("device") + phases.shape.bytes <= free:
+        return "device"
+    most = min(in_memory // 2, in_memory - PYTHON - CONTEXT)
+    return "host" if phases.on_card and phases.lists <= most else "disk"
+
+
+def _placed(model: Any, dtype: torch.dtype, machine: Machine, room: int, in_memory: int) -> dict[str, str | int]:
+    """Where accelerate puts layers, if `room` stays free where they compute, and beside a card so much `in_memory`."""
     most: dict[str | int, int] = {}
     for place, size in machine.free.items():
         index = torch.device(place).index
-        kept = PYTHON + CONTEXT + in_memory if place == "cpu" != device else room
+        kept = in_memory if place == "cpu" != machine.device else room
         most[place if index is None else index] = max(0, size - kept)
     if not machine.is_here:  # accelerate warns of devices that it does not find
         logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
@@ -293,7 +303,8 @@ def _plan_healing(phases: Phases, machine: Machine, healing: HealSettings, other
     """What trains: the first rung of a ladder that fits, with as many sequences at a time as fit.
 
     All layers, the fused ones, or adapters, each without and with checkpoints of gradients. The fused model stays where
-    it trains, and what is not trained is its own. Raises NoRoom, with the advice `otherwise`, where no rung fits.
+    it trains, and what is not trained is its own. Raises NoRoom, with the advice `otherwise`, where no rung fits: it
+    names what both the fusion and the healing need.
     """
     shape, layers = phases.shape, phases.shape.layers - phases.fusions
     own, free = machine.own_bytes(shape.vocab), machine.free[machine.device]
@@ -324,4 +335,4 @@ def _plan_healing(phases: Phases, machine: Machine, healing: HealSettings, other
         settings = replace(healing, train=train)
         return HealingPlan(settings, machine.device, checkpoints, sequences, why, takes, disk, work)
     what = f"healing with train={ladder[-1]!r} and gradient checkpointing"
-    raise NoRoom(what, machine, least[ladder[-1]], otherwise)
+    raise NoRoom(what, machine, max(least[ladder[-1]], own + phases.least), otherwise)

@@ -8,6 +8,8 @@ JUDGING_LENGTH = 128  # of a sequence that judges fused layers
 WRITTEN_LENGTH = 128  # of a sequence that a model writes: all weights are read once for each of them
 # Sequences that a model writes together, as their keys and values take memory; a multiple of the step of `CHATS`.
 WRITTEN_TOGETHER = 256
+# Of an output file, about: of weights that lie elsewhere one is in memory while it is written.
+MAX_SHARD_BYTES = 500_000_000
 # Bytes that a batch may take inside a layer: on the CPU, where more gains nothing, and on a large card.
 CPU_BATCH, LARGEST_BATCH = 1 << 26, 1 << 32
 BATCH_COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side

@@ -44,7 +44,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
             **dict.fromkeys(("model.layers.2", "model.layers.3", "model.norm", "model.rotary_emb", "lm_head"), 1),
         }
     },
-    "from files": {"device_map": "cuda", "low_memory": True},
+    "from files": {"device_map": {"model.norm": 0, "": "disk"}},
     "on a small card": {
         "device_map": "cuda",
         "max_memory": {0: CONTEXT, "cpu": 4 << 30},
@@ -80,10 +80,10 @@ def outcome(case: Case, base: str, **placement: Any) -> dict[str, Any]:
     """
     given = SETTINGS | METHODS[case.method] | {"method": case.method} | placement
     model: Any
-    if "low_memory" in given:
+    if case.placement == "from files":
         with TemporaryDirectory() as out:
             report: FusionReport | None = fuse_checkpoint(base, out, **given)
-            model = auto_class(FAMILIES[case.family][0]).from_pretrained(out, device_map=given["device_map"])
+            model = auto_class(FAMILIES[case.family][0]).from_pretrained(out, device_map="cuda")
     else:
         model = from_pretrained_fused(base, **given)
         report = model.fusion_report

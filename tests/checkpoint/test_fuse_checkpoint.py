@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 import torch
 from builders import make_point, make_report
-from conftest import QUICK, dry_run, make_llama, make_texts, pickled, same, tensors
+from conftest import ON_DISK, QUICK, dry_run, make_llama, make_texts, pickled, same, tensors
 from huggingface_hub.utils._paths import filter_repo_objects
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, from_pretrained_fused, fuse_checkpoint
+from lf_hf.checkpoint import classes
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.card import model_card
 from lf_hf.checkpoint.weights import local_folder, tensor_files
@@ -51,26 +52,28 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("settings", "overrides"), WAYS)
 def test_every_path_writes_the_same_tensors(
-    settings: dict[str, Any], overrides: dict[str, Any], make_base: Callable[..., str], tmp_path: Path
+    settings: dict[str, Any],
+    overrides: dict[str, Any],
+    make_base: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where the base comes in shards, and however a device map puts it into memory."""
     low, high, sharded = (tmp_path / name for name in ("low", "high", "sharded"))
     base = make_base(**overrides)
     shutil.copytree(base, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
     make_llama(**overrides).save_pretrained(sharded, max_shard_size="40KB")
-    given: dict[str, Any] = {"max_shard_bytes": 30_000, "device_map": OUTER | LAYERS} | settings
-    reports = {
-        low: fuse(sharded, low, low_memory=True, **settings, max_shard_bytes=30_000),
-        high: fuse(base, high, **given),
-    }
+    monkeypatch.setattr(classes, "MAX_SHARD_BYTES", 30_000)
+    high_report = fuse(base, high, device_map=OUTER | LAYERS, **settings)
+    low_report = fuse(sharded, low, **settings, **ON_DISK)
     assert min(len(list(folder.glob("model-*.safetensors"))) for folder in (low, sharded)) > 1
     assert same(tensors(low), tensors(high))
     assert (low / "config.json").read_text() == (high / "config.json").read_text()
     # A model on disk would be read for each token of the continuations.
     found: dict[str, Any] = {"seconds": None, "continuations": [], "base": ""}
-    assert reports[low].to_dict() | found == reports[high].to_dict() | found
+    assert low_report.to_dict() | found == high_report.to_dict() | found
     if settings["method"] == "refit":
-        assert reports[low].calibration[0].source.endswith("text by the model itself")
+        assert low_report.calibration[0].source.endswith("text by the model itself")
     assert {path.name for path in tmp_path.iterdir()} == {"low", "high", "sharded"}
 
 
@@ -81,8 +84,8 @@ def test_both_paths_write_the_same_settings_for_generation(base: str, tmp_path: 
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"do_sample": True, "temperature": 0.5, "max_length": 50}))
     found = []
-    for low_memory in (True, False):
-        fuse(copy, tmp_path / "out", method="truncate", low_memory=low_memory)
+    for placed in (ON_DISK, {}):
+        fuse(copy, tmp_path / "out", method="truncate", **placed)
         found.append(json.loads((tmp_path / "out" / "generation_config.json").read_text()))
     assert found[0] == found[1] and found[0]["temperature"] == 0.5
     published = {"temperature": 0.9, "top_p": 0.6}  # without do_sample, as of a Vicuna
@@ -90,19 +93,17 @@ def test_both_paths_write_the_same_settings_for_generation(base: str, tmp_path: 
     assert fuse(copy, tmp_path / "out", method="truncate", revision="v2").revision == "v2"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()).items() >= published.items()
     (copy / "generation_config.json").write_text("[1]")
-    for low_memory in (True, False):
-        with pytest.raises(ValueError, match=r"generation_config.json of .* cannot be used"):
-            fuse(copy, tmp_path / "out", method="truncate", low_memory=low_memory)
+    with pytest.raises(ValueError, match=r"generation_config.json of .* cannot be used"):
+        fuse(copy, tmp_path / "out", method="truncate")
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_the_base_is_not_replaced(base: str, tmp_path: Path, low_memory: bool) -> None:
+def test_the_base_is_not_replaced(base: str, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     fuse(base, plain, method="truncate")
     before = tensors(plain)
     for again in (
-        lambda: fuse(plain, plain, low_memory=low_memory),
-        lambda: dry_run(plain, FusionConfig(1), out=plain, low_memory=low_memory),
+        lambda: fuse(plain, plain),
+        lambda: dry_run(plain, FusionConfig(1), out=plain),
         lambda: lf_hf.from_pretrained_fused(plain, num_fusions=1, fused_dir=plain),
     ):
         with pytest.raises(ValueError, match="is the base itself; choose another folder"):
@@ -116,7 +117,8 @@ def test_a_tied_head_that_differs_is_kept(equal: bool, make_base: Callable[..., 
     held = tensors(base)
     head = held["model.embed_tokens.weight"] * (1 if equal else 2)
     save_file(held | {"lm_head.weight": head.clone()}, base / "model.safetensors", metadata={"format": "pt"})
-    one, other = (fuse(base, out, low_memory=out == low, perplexity_tokens=200) for out in (low, high))
+    one = fuse(base, low, perplexity_tokens=200, **ON_DISK)
+    other = fuse(base, high, perplexity_tokens=200)
     assert same(tensors(low), tensors(high)) and ("lm_head.weight" in tensors(low)) != equal
     assert one.perplexities == other.perplexities and one.perplexities
     assert other.continuations and not one.continuations
@@ -175,7 +177,7 @@ def in_memory(base: str | Path, out: Path, **kwargs: Any) -> None:
 
 
 def from_folder_to_folder(base: str | Path, out: Path, **kwargs: Any) -> None:
-    fuse_checkpoint(base, out, low_memory=True, **QUICK | kwargs)
+    fuse_checkpoint(base, out, **QUICK | ON_DISK | kwargs)
 
 
 both = pytest.mark.parametrize("fuse", [in_memory, from_folder_to_folder])

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import peft
 import pytest
 import torch
-from conftest import QUICK, make_llama, make_texts, make_tokenizer, same, save_base, tensors
+from conftest import ON_DISK, QUICK, make_llama, make_texts, make_tokenizer, same, save_base, tensors
 from tiny_models import idle
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -57,7 +57,7 @@ def test_what_was_fused_is_said_in_the_numbers_of_the_original(tmp_path: Path) -
     settings: dict[str, Any] = {"method": "truncate", "selection": "least_influence", "calibration_tokens": 1024}
     settings |= {"calibration_length": 32, "num_fusions": 2, "perplexity_tokens": 0}
     text, out = [" ".join(make_texts(400))], tmp_path / "out"
-    report = fuse_checkpoint(base, out, calibration=text, low_memory=True, **settings)
+    report = fuse_checkpoint(base, out, calibration=text, **settings, **ON_DISK)
     assert report.pairs == pairs
     assert [list(group) for group in report.groups] == [[0], [1, 2], [3, 4], [5]]
 
@@ -126,8 +126,8 @@ def test_a_draft_changes_no_text_and_neither_does_the_cache(base: str, model: Fu
 ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize(("tied", "low_memory"), [(False, True), (True, False)])
-def test_a_plain_model_is_in_old_words_and_new(tied: bool, low_memory: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plain_model_is_in_old_words_and_new(tied: bool, tmp_path: Path) -> None:
     """Its base has a config as transformers 4 wrote it and as most Llamas on the hub have it.
 
     transformers 4 would take a missing rope_theta for 10000 without a word; so do vLLM before 0.24 and llama.cpp's
@@ -143,7 +143,7 @@ def test_a_plain_model_is_in_old_words_and_new(tied: bool, low_memory: bool, tmp
     del base["rope_parameters"]
     base |= {"rope_theta": 500000.0, "rope_scaling": None if tied else ROPE | {"rope_type": "llama3"}}
     (tmp_path / "base" / "config.json").write_text(json.dumps(base))
-    fuse_checkpoint(tmp_path / "base", tmp_path / "out", low_memory=low_memory, **QUICK | {"num_fusions": 2})
+    fuse_checkpoint(tmp_path / "base", tmp_path / "out", **QUICK | {"num_fusions": 2})
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     rope = {"rope_theta": 500000.0} | (base["rope_scaling"] or {"rope_type": "default"})

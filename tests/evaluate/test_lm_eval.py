@@ -112,8 +112,10 @@ def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, fus
     assert (lm.model.dtype, lm.max_length, lm.add_bos_token) == (torch.bfloat16, 64, True)
     assert len(loglikelihoods(lm)) == len(PAIRS)
     # Placed by accelerate, on the one device that there is.
-    placed = make_lm(base, **QUICK, parallelize=True, max_cpu_memory="4GiB")
+    placed = make_lm(base, **QUICK, max_cpu_memory="4GiB")
     assert loglikelihoods(placed) == loglikelihoods(make_lm(fused)) == loglikelihoods(make_lm(Path(base), **QUICK))
+    with pytest.raises(ValueError, match=r"are free on cpu, and .* takes .* there at least"):
+        make_lm(base, **QUICK, max_cpu_memory="1MiB")
 
 
 def test_a_start_token_in_the_evaluation_changes_nothing_in_the_model(base: str, text: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, changed, dry_run, make_texts, make_tokenizer, same, save_base, tensors
+from conftest import ON_DISK, QUICK, changed, dry_run, make_texts, make_tokenizer, same, save_base, tensors
 from safetensors.torch import save_file
 from tiny_models import SETTINGS as FAMILY_SETTINGS
 from tiny_models import WRAPPED, auto_class, idle, picture, tiny_config, tiny_model
@@ -98,8 +98,8 @@ STORED = ["qwen2", "phi3", "olmo2", "smollm3", "glm4", "hunyuan_v1_dense", *WRAP
 def test_layer_by_layer_the_same_files_are_made(
     model_type: str, family_base: Callable[..., Path], fused: FusedOf, tmp_path: Path
 ) -> None:
-    folder, given = Path(fused(model_type).name_or_path), SETTINGS | {"max_shard_bytes": 10**9}
-    low = lf_hf.fuse_checkpoint(family_base(model_type), tmp_path, low_memory=True, **given)
+    folder = Path(fused(model_type).name_or_path)
+    low = lf_hf.fuse_checkpoint(family_base(model_type), tmp_path, **SETTINGS, **ON_DISK)
     report = FusionReport.load(folder)
     assert (low.base_digest, low.weights_digest) == (report.base_digest, report.weights_digest)
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
@@ -119,7 +119,7 @@ def test_the_text_of_a_model_of_images_is_fused_and_the_rest_is_left_out(tmp_pat
     save_file(tensors(base) | {"mtp.fc.weight": torch.ones(3, 2)}, base / "model.safetensors", {"format": "pt"})
     model: Any = lf_hf.from_pretrained_fused(base, **QUICK)
     model.save_pretrained(tmp_path / "high")
-    lf_hf.fuse_checkpoint(base, low, low_memory=True, **QUICK)
+    lf_hf.fuse_checkpoint(base, low, **QUICK, **ON_DISK)
     for folder in ("low", "high"):
         notes = FusionReport.load(tmp_path / folder).notes
         assert any("mtp.*, model.visual.* are left out" in note for note in notes)
@@ -271,8 +271,8 @@ def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tm
     (base / "tokenizer.model").write_bytes(b"a sentencepiece model")
     for _ in range(2):
         lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **QUICK).save_pretrained(tmp_path / "saved")
-    lf_hf.fuse_checkpoint(base, tmp_path / "low memory", low_memory=True, **QUICK)
-    for folder in ("kept", "saved", "low memory"):
+    lf_hf.fuse_checkpoint(base, tmp_path / "written", **QUICK)
+    for folder in ("kept", "saved", "written"):
         assert (tmp_path / folder / "tokenizer.model").read_bytes() == b"a sentencepiece model"
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("layer").input_ids
 
@@ -303,15 +303,15 @@ def test_healing_comes_nearer(
 ONE: dict[str, Any] = SETTINGS | {"num_fusions": 1}
 
 
-@pytest.mark.parametrize(("model_type", "low_memory"), [("gemma3", False), ("mistral3", True), ("qwen3_vl", True)])
+@pytest.mark.parametrize(("model_type", "placed"), [("gemma3", {}), ("mistral3", ON_DISK), ("qwen3_vl", ON_DISK)])
 def test_without_a_layer_that_did_nothing_a_picture_gives_the_same(
-    model_type: str, low_memory: bool, tmp_path: Path
+    model_type: str, placed: dict[str, Any], tmp_path: Path
 ) -> None:
     """The layer that has no influence is the one that goes, so features of images still come after the same ones."""
     dense = tiny_model(model_type)
     idle(dense, 3)  # above layer 2, where it may be in a group with the layer below it in all of these models
     base = save_base(tmp_path / "base", dense)
-    settings = ONE | {"method": "truncate", "selection": "least_influence", "low_memory": low_memory}
+    settings = ONE | {"method": "truncate", "selection": "least_influence"} | placed
     report = lf_hf.fuse_checkpoint(base, tmp_path / "fused", **settings)
     assert report.pairs == [(2, 3)]
     fused = AutoModelForImageTextToText.from_pretrained(tmp_path / "fused")
@@ -330,7 +330,7 @@ def test_all_but_the_fused_layers_stays_bit_for_bit_under_the_names_of_the_base(
     base = tmp_path / "base"
     tiny_model(model_type).save_pretrained(base, save_original_format=False)
     make_tokenizer().save_pretrained(base)
-    lf_hf.fuse_checkpoint(base, tmp_path / "fused", low_memory=True, **ONE)
+    lf_hf.fuse_checkpoint(base, tmp_path / "fused", **ONE, **ON_DISK)
     before, after = tensors(base), tensors(tmp_path / "fused")
     layers = next(name for name in before if name.endswith("layers.0.mlp.down_proj.weight")).partition("0.mlp")[0]
     gone = {name for name in before if name.startswith(f"{layers}5.")}
@@ -352,12 +352,12 @@ def test_a_picture_and_a_question_go_through_the_processor_of_the_base(tmp_path:
     base = save_base(tmp_path / "base", tiny_model("gemma3"), words)
     Gemma3Processor(pixels, words, image_seq_length=4).save_pretrained(base)
     file = Path(base, "processor_config.json").read_bytes()
-    words.save_pretrained(tmp_path / "low memory")  # a user's tokenizer keeps no processor away
-    lf_hf.fuse_checkpoint(base, tmp_path / "low memory", low_memory=True, **QUICK)
+    words.save_pretrained(tmp_path / "written")  # a user's tokenizer keeps no processor away
+    lf_hf.fuse_checkpoint(base, tmp_path / "written", **QUICK)
     lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **QUICK)
     again = lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **QUICK)
     again.save_pretrained(tmp_path / "saved")
-    for name in ("low memory", "kept", "saved"):
+    for name in ("written", "kept", "saved"):
         assert (tmp_path / name / "processor_config.json").read_bytes() == file
     processor = AutoProcessor.from_pretrained(tmp_path / "saved")
     drawn = torch.zeros(20, 30, 3, dtype=torch.uint8)

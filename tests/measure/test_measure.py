@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import QUICK, make_llama, same
+from conftest import ON_DISK, QUICK, make_llama, same
 from tiny_models import divergence, tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import warning_once
@@ -162,5 +162,5 @@ def test_it_can_be_left_out(
         model: Any = lf_hf.from_pretrained_fused(base, **kept, speed=speed)
         check(model.fusion_report.speed)  # which is that of the model that was kept
     warning_once.cache_clear()
-    assert lf_hf.fuse_checkpoint(base, tmp_path / "low", **QUICK, low_memory=True).speed is None
+    assert lf_hf.fuse_checkpoint(base, tmp_path / "low", **QUICK, **ON_DISK).speed is None
     assert "Speed is not measured where weights are offloaded" in caplog.text
