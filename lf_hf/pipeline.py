@@ -42,7 +42,7 @@ from lf_hf.report.data import Continuation, FusedLayer, GroupCost, MadeLayer, Pe
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.report import FusionReport, published_name, versions
 from lf_hf.runtime.clock import Clock
-from lf_hf.runtime.launch import Processes, compute_once
+from lf_hf.runtime.launch import compute_once
 from lf_hf.runtime.memory import give_back_freed
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
@@ -154,7 +154,6 @@ def heal_folder(inputs: HealInputs, folder: Path, scratch: Path) -> FusedForCaus
             teacher = replace(teacher, head=None)
         decoder = Decoder(model)
         report = with_speed(inputs.report, model, inputs.base.config)
-        decoder.processes = Processes.of_launch()
         relations = {text.name: text.relation for text in report.perplexities}
         model.remember(replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head)))
         heal_fused(model, teacher, inputs.corpus, healing, work, inputs.training_args)
@@ -177,7 +176,6 @@ def heal_fused(
     give_back_freed()
     decoder, report = Decoder(model), model.report
     assert model.tokenizer is not None
-    decoder.processes = Processes.of_launch()
     fused_layers = [number for number, group in enumerate(report.groups) if len(group) > 1]
     healed = heal(decoder, fused_layers, teacher, plan, work, training_args)
     gc.collect()  # the Trainer, in which objects know each other, and all that it holds

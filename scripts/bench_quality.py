@@ -48,7 +48,7 @@ from lf_hf.inputs.fusion import for_model
 from lf_hf.inputs.planning import plan_run
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.measure.judge import judge, predict_texts
-from lf_hf.measure.predictions import final_states, predictions, shard_batches
+from lf_hf.measure.predictions import final_states, predictions
 from lf_hf.pipeline import fuse, heal_fused
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import mid_state, written_by
@@ -129,7 +129,7 @@ class Rivals:
         longest = max(map(len, self.text.sequences))
         full = [sequence for sequence in self.text.sequences if len(sequence) == longest]
         stride = max(1, len(full) // _DROP_SEQUENCES)
-        ids = shard_batches(decoder, {"text": full[::stride]})
+        ids = {"text": decoder.make_batches(full[::stride])}
         for step in range(count):
             if step == len(self.dropped):
                 self.dropped.append(self._least_missed(decoder, ids))

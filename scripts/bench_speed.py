@@ -10,7 +10,6 @@
   pair        all matrices of a pair of layers, against one after the other: a float32 distance matrix, scipy's solver
   price       what text, choosing, making and healing cost, against forward passes of the dense model over the same text
   fusing      time and peak memory of fusing from folder to folder, against copying the folder
-  processes   refit by several processes of a launch, against one
   sweep       levels of methods in one sweep, against loading the base, fusing and evaluating for one after the other
 
 What is compared runs in one go, and where memory is measured each in a process of its own. "CPU" is the processor time
@@ -22,10 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +53,6 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.inputs.fusion import Texts, for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
-from lf_hf.report.report import FusionReport
 from lf_hf.settings import FITTING
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
@@ -328,42 +323,6 @@ def cut_short(base: Base, num_fusions: int, measured: Measurements) -> FusedForC
     return fused_class(base.config).adopt(model, report, tokenizer)
 
 
-# Processes
-
-
-def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: int) -> None:
-    """The command under torchrun, with one thread a process."""
-    columns = ("processes", "seconds", "first over this", *(f"{stage}, first over this" for stage in STAGES))
-    columns = (*columns, "same groups", "perplexities over the first's")
-    table(f"Refit, {num_fusions} layers fused, with {text_tokens} tokens by processes of one thread each", *columns)
-    found: list[dict[str, float]] = []
-    reports: list[FusionReport] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        text = Path(scratch, "text.txt")
-        text.write_text(documentation_halves()[0], encoding="utf-8")
-        options = ["--method", "refit", "--num-fusions", str(num_fusions)]
-        options += ["--calibration-tokens", str(text_tokens), "--calibration", str(text)]
-        for count in counts:
-            out = Path(scratch, str(count))
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-            start = time.perf_counter()
-            done = subprocess.run(
-                [*torchrun, "-m", "lf_hf", "fuse", base, str(out), *options],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                sys.exit(done.stderr)
-            seconds = time.perf_counter() - start
-            reports.append(FusionReport.load(out))
-            found.append({"": seconds, **reports[-1].seconds})
-            ratios = [found[0][name] / found[-1][name] for name in ("", *STAGES)]
-            same = reports[-1].groups == reports[0].groups
-            judged = zip(reports[-1].perplexities, reports[0].perplexities, strict=True)
-            row(count, seconds, *ratios, same, ", ".join(f"{here.fused / there.fused:.5f}" for here, there in judged))
-
-
 # Sweeps
 
 TASKS = ["mmlu_sample_anatomy"]  # a question, so that the time is that of fusing
@@ -434,7 +393,7 @@ def checkpoint(options: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("stages", "pair", "price", "fusing", "processes", "sweep")
+    names = ("stages", "pair", "price", "fusing", "sweep")
     parser.add_argument("--tables", nargs="+", choices=names, default=names)
     parser.add_argument(
         "--base", default=str(ROOT / ".cache" / "smollm2" / "checkpoint"), help="folder of a checkpoint"
@@ -446,10 +405,9 @@ def main() -> None:
     parser.add_argument("--method", default="refit", choices=FITTING, help="for price")
     parser.add_argument("--selection", choices=["last", "least_influence", "groups"], help="for price")
     parser.add_argument("--text", type=Path, help="for price: a file to calibrate on, in place of the default texts")
-    parser.add_argument("--text-tokens", type=int, default=16384, help="for price and processes")
+    parser.add_argument("--text-tokens", type=int, default=16384, help="for price")
     parser.add_argument("--methods", nargs="+", default=["truncate", "mka", "neural_alignment", "refit"])
-    parser.add_argument("--num-fusions", type=int, default=4, help="for price, fusing and processes")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--num-fusions", type=int, default=4, help="for price and fusing")
     parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for sweep")
     parser.add_argument("--sweep-methods", nargs="+", default=["neural_alignment", "refit"])
     options = parser.parse_args()
@@ -475,8 +433,6 @@ def main() -> None:
             price(given, config, options.text or BUNDLED)
         if "fusing" in options.tables:
             fusions(base, options.methods, options.num_fusions)
-        if "processes" in options.tables:
-            processes(base, options.processes, options.num_fusions, options.text_tokens)
         if "sweep" in options.tables:
             sweeps(given, options.fusions, options.sweep_methods)
 

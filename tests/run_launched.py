@@ -12,13 +12,11 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ON_DISK, make_llama, make_texts, tensors
-from run_faults import Answers
+from conftest import make_llama, make_texts, tensors
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
@@ -33,44 +31,7 @@ from lf_hf.healing.loss import Loss, Targets
 from lf_hf.runtime.launch import OtherProcessError, Processes
 from lf_hf.runtime.numerics import weights_digest
 
-TEMPLATE = (  # so that processes share chats to write, too
-    "{% for m in messages %}{{ '<s>' + m.role + ' ' + m.content + '</s>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"
-)
-SETTINGS: dict[str, dict[str, Any]] = {
-    "refit": {"method": "refit", "num_fusions": 2},
-    "refit, on disk": {"method": "refit", "selection": "least_influence", "num_fusions": 2} | ON_DISK,
-    "within a budget": {"method": "truncate", "selection": "least_influence", "max_divergence": 10.0},
-    "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
-}
-SWEPT = "--num-fusions 1,2 --methods truncate,refit --selection least_influence --tasks task --perplexity-tokens 100"
 HEALING: dict[str, Any] = {"tokens": 2048, "length": 32, "batch_tokens": 128, "learning_rate": 3e-3}
-
-
-def sweep_command(folder: Path) -> list[str]:
-    words = f"{SWEPT} --calibration-tokens 1024".split()
-    return ["sweep", str(folder / "base"), str(folder / "swept"), *words, "--calibration", str(folder / "texts.txt")]
-
-
-def swept(folder: Path) -> list[str]:
-    """Which models this process judged, by answers in place of lm-eval's."""
-    without_pictures = patch("lf_hf.evaluate.results.missing_plot_packages", lambda: "no pictures")
-    with patch("lf_hf.evaluate.evaluation.Evaluation", Answers), without_pictures:
-        assert command(sweep_command(folder)) == 0
-    reports = [(getattr(model, "fusion_report", None), model.config.num_hidden_layers) for model in Answers.judged]
-    return [f"{report.config['method'] if report else 'dense'} {layers}" for report, layers in reports]
-
-
-def fuse(folder: Path, name: str, out: Path) -> str | None:
-    """What this process has of the result: a digest of its weights."""
-    # Of 31 sequences, so that shares are not even.
-    given: dict[str, Any] = {"calibration_tokens": 1984, "calibration_length": 64, "perplexity_tokens": 300}
-    given |= {"dtype": "float64", "calibration": make_texts(100), "speed": False} | SETTINGS[name]
-    if "device_map" in given:
-        return lf_hf.fuse_checkpoint(folder / "chatting", out, **given).weights_digest
-    model = lf_hf.from_pretrained_fused(folder / "chatting", **given)
-    model.save_pretrained(out)
-    return weights_digest(model.named_parameters())
 
 
 def student_figures(*, sharded: bool) -> list[float]:
@@ -148,13 +109,10 @@ def main(folder: Path, given: str = "") -> None:
         say("healed", heal(folder, json.loads(given)))
         return
     say("codes", processes.all_gather_object([command(words), refused]))
-    say("swept", processes.all_gather_object(swept(folder)))
     say("healed", heal(folder, {"fsdp": True}))
     say("healed while loading", processes.all_gather_object(fuse_and_heal(folder)))
     say("saves", saves(folder / "saves"))
     say("figures", [student_figures(sharded=sharded) for sharded in (True, False)])
-    for name in SETTINGS:
-        say(name, processes.all_gather_object(fuse(folder, name, folder / name)))
     processes.all_gather_object(None)  # all is said, and nothing that the command prints falls into a line of it
     if processes.rank == 1:  # ends while the other one goes on; the launcher, which sees no failure, does not end that
         sys.argv[1:] = ["tasks"]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, run_program, save_base, tensors
-from run_faults import Answers, points_in
-from run_launched import HEALING, SETTINGS, TEMPLATE, fuse, sweep_command
+from conftest import QUICK, files, make_llama, make_texts, run_program, save_base
+from run_launched import HEALING
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport
-from lf_hf.cli import main
-from lf_hf.evaluate.points import RESULTS
 
 ZERO = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}
 ZERO |= dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto")
@@ -35,10 +31,7 @@ class Launch(NamedTuple):
 
 def launched(folder: Path, *given: str) -> Launch:
     """Run `run_launched.py` in two processes."""
-    chatting = make_tokenizer()
-    chatting.chat_template = TEMPLATE
     save_base(folder / "base")
-    save_base(folder / "chatting", tokenizer=chatting)
     save_base(folder / "tied", make_llama(tie_word_embeddings=True))
     (folder / "texts.txt").write_text("\n\n".join(make_texts(100)))
     lf_hf.fuse_checkpoint(folder / "base", folder / "fused", num_fusions=2, method="truncate", perplexity_tokens=512)
@@ -52,51 +45,11 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     return launched(tmp_path_factory.mktemp("launch"))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_processes_together_find_what_one_does(name: str, launch: Launch, tmp_path: Path) -> None:
-    digests = launch.results.get(name)
-    assert digests, launch.err
-    assert len(digests) == 2 and len({*digests}) == 1
-    fuse(launch.folder, name, tmp_path)
-    folders = launch.folder / name, tmp_path
-    together, alone = map(FusionReport.load, folders)
-    assert together.groups == alone.groups and together.continuations == alone.continuations
-    assert together.group_costs == alone.group_costs  # bit for bit
-    assert len(alone.continuations) == 4
-    for one, other in zip(together.fused_layers, alone.fused_layers, strict=True):
-        assert (one.heads_kept, one.channels_kept) == (other.heads_kept, other.channels_kept)
-    assert SETTINGS[name]["method"] != "refit" or "sequences of it as chats" in alone.calibration[-1].source
-    for judged, by_one in zip(together.perplexities, alone.perplexities, strict=True):
-        figures = judged.fused, judged.divergence, judged.agreement
-        assert figures == pytest.approx((by_one.fused, by_one.divergence, by_one.agreement), rel=1e-6)
-    torch.testing.assert_close(*map(tensors, folders), rtol=0, atol=1e-6)
-
-
 def test_the_command_writes_and_speaks_once(launch: Launch) -> None:
     assert launch.results["codes"] == [[0, 2], [0, 1]], launch.err  # the second is quiet
     assert launch.out.count("bytes on disk") == 1 and launch.err.count("ridge must be") == 1
     model = FusedLlamaForCausalLM.from_pretrained(launch.folder / "out")
     assert model.config.num_hidden_layers == 3 and model.fusion_report.layers_before == 5
-
-
-def test_processes_share_the_points_of_a_sweep(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one process alone measures the same of those that are missing."""
-    out, names = launch.folder / "swept", launch.results["swept"]
-    wanted = ["dense 5", *(f"{method} {layers}" for method in ("refit", "truncate") for layers in (3, 4))]
-    assert all(names) and sorted(itertools.chain(*names)) == wanted
-    assert launch.out.count("Stability") == 1  # one speaks
-    assert {file.name for file in out.iterdir()} == {RESULTS, "results.csv", "results.md"}
-
-    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
-    monkeypatch.setattr("lf_hf.evaluate.results.missing_plot_packages", lambda: "none wanted")
-    whole = points_in(out)
-    lines = (out / RESULTS).read_bytes().splitlines(keepends=True)
-    kept = b"".join(line for line in lines if b'"method":"refit"' not in line)
-    (out / RESULTS).write_bytes(kept)
-    assert main(sweep_command(launch.folder)) == 0
-    again = (out / RESULTS).read_bytes()
-    assert again.startswith(kept) and len(again.splitlines()) == len(lines)
-    assert sorted(points_in(out), key=str) == sorted(whole, key=str)
 
 
 def test_when_one_process_dies_the_others_say_so_and_end(launch: Launch) -> None:

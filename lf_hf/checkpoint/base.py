@@ -47,7 +47,7 @@ from lf_hf.families.table import FAMILIES
 from lf_hf.plan.machine import SPREAD
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.errors import explained, reason
-from lf_hf.runtime.launch import Processes, own_device
+from lf_hf.runtime.launch import own_device
 
 logger = logging.get_logger(__name__)
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
@@ -175,9 +175,6 @@ class Base:
         decoder.states = plan.states
         decoder.scratch = folder
         decoder.longest_group = plan.longest
-        # Where each process spreads its model, and with it its states, over devices, each works by itself.
-        if not plan.is_spread:
-            decoder.processes = Processes.of_launch()
         return decoder
 
     def load(self, **placing: Any) -> PreTrainedModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -22,7 +21,7 @@ from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 
 _INFLUENCE_TOKENS = 8192  # calibration tokens that influences are measured on
-_AHEAD = 3  # sets whose groups are measured in one pass through the layers
+_AHEAD = 3  # likely sets whose groups are measured in one pass through the layers
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Me
     """Join to the layer below those layers that change the residual stream least."""
     assert measured.text is not None
     sequences = measured.text.first(_INFLUENCE_TOKENS)
-    embedded = decoder.embed(decoder.make_batches(decoder.processes.shard(sequences)))
+    embedded = decoder.embed(decoder.make_batches(sequences))
     boundaries = pairwise(run_boundaries(decoder, embedded))
     layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
-    of_layers = influences([cosine_sums(before, after) for before, after in layers], decoder.processes)
+    of_layers = influences([cosine_sums(before, after) for before, after in layers])
     kinds = decoder.family.config_kinds(decoder.config) if config.averages else None
     groups = least_influence_groups(of_layers, config.num_fusions, decoder.inner_layers, kinds)
     return Choice(groups, influences=of_layers)
@@ -110,8 +109,7 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
     """What at most `count` sets of groups cost as wholes: those that are expected to cost least.
 
     All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
-    where they are in one of the cheapest sets. Which set is next depends on what the last one costs; meanwhile other
-    processes of a launch measure those that may come after it.
+    where they are in one of the cheapest sets. Which set is next depends on what those before it cost.
     """
     inner = costs.decoder.inner_layers
     most = min(num_fusions, SHORT, costs.decoder.longest_group - 1)
@@ -119,28 +117,24 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
     if missing := short - costs.by_group.keys():
         costs.measure(missing)
     trials: dict[Groups, float] = {}
-    measured: dict[Groups, float] = {}  # and those that may be tried yet
     for _ in progress(range(count), desc="Trying sets of groups", unit="set", leave=False):
-        proposed = _next_sets(costs, trials, num_fusions)
-        if not proposed:
+        groups = _next_set(costs, trials, num_fusions)
+        if groups is None:
             break
-        groups = proposed[0]
-        if groups not in measured:
-            unknown = [likely for likely in proposed if likely not in measured]
-            measured |= costs.measure_sets(unknown[: costs.processes.world_size])
-        trials[groups] = measured[groups]
+        trials[groups] = costs.measure_set(groups)
     return trials
 
 
-def _next_sets(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> list[Groups]:
-    """The set to try next, with the costs of its groups measured, and others that may be next; [] if no set is left."""
-    decoder, processes = costs.decoder, costs.processes
-    count = max(_AHEAD, processes.world_size)
-    inner = len(decoder.inner_layers)
-    longest = max(decoder.longest_group, math.ceil(inner / (inner - num_fusions)))  # more where so many have to go
+def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> Groups | None:
+    """The set to try next, with the costs of its groups measured; None if no set is left."""
+    inner = len(costs.decoder.inner_layers)
+    longest = max(
+        costs.decoder.longest_group, math.ceil(inner / (inner - num_fusions))
+    )  # more where so many have to go
     while True:
-        propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=count)
-        proposed = processes.compute_once(propose)  # in case machines round differently
-        if not proposed or costs.by_group.keys() >= set(proposed[0]):
-            return proposed
-        costs.measure({group for groups in proposed[:_AHEAD] for group in groups} - costs.by_group.keys())
+        proposed = propose_sets(estimate_costs(costs.by_group, longest), trials, num_fusions, count=_AHEAD)
+        if not proposed:
+            return None
+        if costs.by_group.keys() >= set(proposed[0]):
+            return proposed[0]
+        costs.measure({group for groups in proposed for group in groups} - costs.by_group.keys())

@@ -24,7 +24,6 @@ from lf_hf.refit.regression import FitOverflow
 from lf_hf.refit.states import States, keep, run_boundaries, run_states
 from lf_hf.refit.traces import trace
 from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
-from lf_hf.runtime.launch import ALONE
 from lf_hf.runtime.progress import progress
 
 
@@ -73,22 +72,16 @@ class _Front(NamedTuple):
 
 
 class GroupCosts:
-    """Measures costs of groups, and of sets of them, in nats a token.
+    """Measures costs of groups, and of sets of them, in nats a token."""
 
-    Processes of a launch each measure some of them, on all of the text. So costs are those that one process alone
-    finds, up to rounding, and all processes have the same.
-    """
-
-    decoder: Decoder  # the dense model, by itself in each process
+    decoder: Decoder  # the dense model
     boundaries: list[States]  # all text before each of its layers and after the last one
     by_group: dict[Group, float]
     """Costs of groups that were measured, to which those of another computation may be added. They are inf where
     predictions cannot be computed."""
 
     def __init__(self, decoder: Decoder, text: GroupText, ridge: float) -> None:
-        self.processes = decoder.processes
-        self.decoder = decoder.copy()
-        self.decoder.processes = ALONE
+        self.decoder = decoder
         batches = [self.decoder.make_batches(sequences) for sequences in text]
         num_fitting, num_judging, _ = map(len, batches)
         embedded = self.decoder.embed(list(chain(*batches)))
@@ -105,25 +98,14 @@ class GroupCosts:
     def measure(self, groups: Collection[Group]) -> None:
         """Measure what each of some groups costs by itself.
 
-        Costs by themselves only propose sets, so less text judges than in `measure_sets`.
+        Costs by themselves only propose sets, so less text judges than in `measure_set`.
         """
-        by_load = sorted(groups, key=lambda group: (group[1] - group[0], group))  # shares then take about as long
-        share = self.processes.shard([(group,) for group in by_load])
-        costs = self._measure_shares(share, self._judging_groups)
+        costs = self._measure([(group,) for group in sorted(groups)], self._judging_groups)
         self.by_group |= {group: cost for (group,), cost in costs.items()}
 
-    def measure_sets(self, sets: Sequence[Groups]) -> dict[Groups, float]:
-        """What each of some sets costs as a whole."""
-        return self._measure_shares(self.processes.shard(sets), self._judging_sets)
-
-    def _measure_shares(self, share: Sequence[Groups], text: slice) -> dict[Groups, float]:
-        """Costs of the sets in the shares of all processes."""
-        with self.processes.apart():
-            measured = self._measure(share, text)
-        costs: dict[Groups, float] = {}
-        for found in self.processes.all_gather_object(measured):
-            costs |= found
-        return costs
+    def measure_set(self, groups: Groups) -> float:
+        """What a set costs as a whole."""
+        return self._measure([groups], self._judging_sets)[groups]
 
     @torch.no_grad()
     def _measure(self, sets: Sequence[Groups], text: slice) -> dict[Groups, float]:

@@ -29,7 +29,6 @@ from lf_hf.families.models import (
 )
 from lf_hf.families.table import DecoderLayer, Family, Kind
 from lf_hf.runtime.amounts import CPU_BATCH, LONGEST_GROUP, batch_size
-from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import to_device
 
 Group = tuple[int, int]
@@ -51,7 +50,6 @@ class Decoder:
     model_config: Any  # of the whole model, which is the same, or has that in it beside one of a vision tower
     rotary_emb: Any  # the family's own
     device: torch.device  # where hidden states begin, and where offloaded layers compute
-    processes: Processes = ALONE  # those that hold the same model and share the work on it
     batch_bytes: int = CPU_BATCH  # that a batch may take inside a layer
     longest_group: int = LONGEST_GROUP  # layers that may become one; fewer where memory allows no more
     states: Literal["device", "host", "disk"] = "device"  # where lists of hidden states rest
@@ -170,11 +168,8 @@ class Decoder:
             offload(layer, device, scratch, skip_keys=self.model._skip_keys_device_placement)
 
     @torch.no_grad()
-    def assign(self, weights: Iterable[tuple[str, Tensor | None]], processes: Processes = ALONE) -> None:
-        """Give parameters new values, by their names in the model: those that the first of some processes has.
-
-        Modules of which some were offloaded are in the model then.
-        """
+    def assign(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Give parameters new values, by their names in the model; modules that were offloaded are in it then."""
         # A checkpoint may have a head of its own where the config says that it is the embeddings.
         is_tied = self.model.lm_head.weight is self._text.embed_tokens.weight
         for name, given in weights:
@@ -183,10 +178,7 @@ class Decoder:
             if is_offloaded(module):
                 bring_in(module)
             before = module.get_parameter(own_name)
-            after = torch.empty_like(before)
-            if given is not None:
-                after.copy_(given)
-            processes.broadcast(after)
+            after = torch.empty_like(before).copy_(given)
             module.load_state_dict({own_name: after}, strict=False, assign=True)
         if is_tied:
             self.model.tie_weights()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import in_float64, is_finite, to_device
 
 
@@ -42,13 +41,11 @@ def cosine_sums(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return sums
 
 
-def influences(sums: Sequence[Tensor], processes: Processes = ALONE) -> list[float]:
+def influences(sums: Sequence[Tensor]) -> list[float]:
     """How much each layer changes the residual stream, by its `cosine_sums`: 1 - mean cosine; NaN of no tokens.
 
-    Each of some processes has a share of the states. Source: the block influence of ShortGPT (arXiv:2403.03853),
-    equation 1.
+    Source: the block influence of ShortGPT (arXiv:2403.03853), equation 1.
     """
     device = sums[0].device
     of_layers = torch.stack([of_layer.to(device) for of_layer in sums])
-    processes.all_reduce(of_layers)
     return [1 - total / count if count else float("nan") for total, count in of_layers.tolist()]

@@ -29,7 +29,7 @@ from lf_hf.inputs.fusion import Texts, for_model
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
 from lf_hf.report.data import TextFigures
 from lf_hf.report.report import versions
-from lf_hf.runtime.launch import ALONE, Processes, own_device
+from lf_hf.runtime.launch import Processes, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import default_source
@@ -193,7 +193,6 @@ class _Maker:
             plan = plan_run(self.base, most, None)  # by all processes
         if mine:
             self._decoder = self.base.open_decoder(plan)
-            self._decoder.processes = ALONE  # points are made by one process each
             self._measure([config for config in map(keys.get, mine) if config])
         fuse = lru_cache(maxsize=1)(self._fuse)  # points that differ in healing alone follow each other
         for key in progress(mine, desc="Sweep", unit="point"):

@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import purge_accelerate_environment
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -99,7 +100,7 @@ def heal(
         trainer.train(resume_from_checkpoint=state)
         kept = trainer.best_step()
         if kept:
-            decoder.assign(trainer.trained_weights(decoder), processes)
+            decoder.assign(_of_first(processes, decoder, trainer.trained_weights(decoder)))
         return HealingInfo(
             settings=settings.in_effect(),
             text=[CalibrationInfo(name, count, count * settings.length) for name, count in used.items()],
@@ -113,6 +114,16 @@ def heal(
             seconds=time.monotonic() - start,
             training_args={name: str(value) for name, value in training_args.items()},
         )
+
+
+def _of_first(
+    processes: Processes, decoder: Decoder, weights: Iterable[tuple[str, Tensor | None]]
+) -> Iterator[tuple[str, Tensor]]:
+    """What the first process has of some weights, float32, in all processes."""
+    for name, given in weights:
+        weight = torch.empty(decoder.model.get_parameter(name).shape) if given is None else given
+        processes.broadcast(weight)
+        yield name, weight
 
 
 @contextmanager

@@ -129,16 +129,16 @@ def measure(
     model cannot be fused, there are too few samples or too little text, or weights or activations are not finite.
     """
     parameters = check_model(decoder)
-    clock, processes = Clock(), decoder.processes
+    clock = Clock()
     with clock("perplexity"):
         judged = judge_dense(decoder, tokenizer, config.perplexity_tokens)
     continuations: dict[str, str] = {}
     if config.perplexity_tokens and not decoder.on_disk:  # from where each token would take reading all of it
         with clock("continuations"):
-            continuations = processes.compute_once(lambda: write_continuations(decoder, tokenizer))
+            continuations = write_continuations(decoder, tokenizer)
     similarity = None
     if samples is not None:
-        similarity = processes.compute_once(lambda: compare_layers(decoder, tokenizer, config, samples, clock))
+        similarity = compare_layers(decoder, tokenizer, config, samples, clock)
     text = None
     if corpus is not None:
         with clock("calibration text"):

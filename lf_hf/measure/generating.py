@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -44,26 +43,23 @@ def generate(
 ) -> list[Tensor]:
     """`count` sequences of `length` token ids that the model writes by itself, sampled at temperature 1.
 
-    Each process writes a share of them; the text follows from the seed, whichever process writes it, up to rounding,
-    which may change a token. No sequence ends early. With a chat form the sequences `CHATS` are chats, in which the
-    model writes both sides. `prefix` is the tokenizer's `bos_prefix`, without which a model may write nothing but
-    loops. Neither `special` tokens are written nor those that begin, end or pad texts by the config.
+    The text follows from the seed, up to rounding, which may change a token. No sequence ends early. With a chat form
+    the sequences `CHATS` are chats, in which the model writes both sides. `prefix` is the tokenizer's `bos_prefix`,
+    without which a model may write nothing but loops. Neither `special` tokens are written nor those that begin, end
+    or pad texts by the config.
 
     Raises ValueError if the model's predictions are not finite.
     """
     random = torch.Generator().manual_seed(seed)
     starts = _draw_starts(decoder.config, count, prefix, random)
     points = torch.rand(count, length - 1, generator=random)
-    mine = decoder.processes.shard(range(count))
     barred = _barred_ids(decoder.config, special)
     written: list[Tensor] = []
-    for first in range(0, len(mine), WRITTEN_TOGETHER):
-        rows = mine[first : first + WRITTEN_TOGETHER]
-        chats = {row: Chat(chat) for row, number in enumerate(rows) if chat and number in range(count)[CHATS]}
-        sampled = _sample_sequences(decoder, starts[rows], points[rows], chats, barred)
-        written += [sequence.clone() for sequence in sampled]  # a view would be sent with all of what it shows
-    turns = zip_longest(*decoder.processes.all_gather_object(written))
-    return [sequence for turn in turns for sequence in turn if sequence is not None]
+    for numbers in torch.arange(count).split(WRITTEN_TOGETHER):
+        are_chats = [chat is not None and number in range(count)[CHATS] for number in numbers.tolist()]
+        chats = {row: Chat(chat) for row, is_chat in enumerate(are_chats) if chat and is_chat}
+        written += _sample_sequences(decoder, starts[numbers], points[numbers], chats, barred)
+    return written
 
 
 def _draw_starts(config: Any, count: int, prefix: Sequence[int], random: torch.Generator) -> Tensor:
@@ -158,7 +154,7 @@ def continue_prompts(decoder: Decoder, prompts: Sequence[Tensor], count: int) ->
     model = decoder.copy().model  # as some models keep what they have generated
     model.generation_config = GenerationConfig()  # which has no end, and no penalties
     greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": count}
-    # By one process of a launch, for which the others wait.
+    # Other processes of a launch wait meanwhile, and take no part.
     written = model.generate(tokens, attention_mask=mask, synced_gpus=False, **greedy)
     return list(written[:, tokens.shape[1] :].cpu())
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.generating import continue_prompts, end_ids
-from lf_hf.measure.predictions import final_states, predictions, shard_batches
+from lf_hf.measure.predictions import final_states, predictions
 from lf_hf.report.data import Continuation, PerplexityInfo
 from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
 from lf_hf.text.chats import chat_form, chat_text
@@ -31,8 +31,8 @@ class Judged:
 
     name: str
     source: str
-    ids: list[Tensor]  # batches of token ids of shape (sequences B, tokens T): this process's share
-    tokens: int  # of all processes
+    ids: list[Tensor]  # batches of token ids of shape (sequences B, tokens T)
+    tokens: int
     states: list[Tensor]  # the dense model's `final_states` of each batch, (B, T, hidden), in the machine's memory
     dense: float  # its perplexity
 
@@ -49,7 +49,7 @@ def judge_dense(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, tokens: in
 
 def predict_texts(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]], sources: Mapping[str, str]) -> list[Judged]:
     """What the dense model predicts on texts: sequences of shape (tokens T,) by name. Empty texts are left out."""
-    ids = shard_batches(decoder, texts)
+    ids = {name: decoder.make_batches(sequences) for name, sequences in texts.items()}
     states = final_states(decoder, ids, "Perplexity before fusing")
     judged = []
     for name, figures in predictions(decoder, ids, states).items():
@@ -114,5 +114,5 @@ def compare_continuations(
     """How the fused model goes on from each prompt, beside the dense one, where that is known."""
     if not dense:
         return []
-    fused = decoder.processes.compute_once(lambda: write_continuations(decoder, tokenizer))
+    fused = write_continuations(decoder, tokenizer)
     return [Continuation(prompt, text, fused[prompt]) for prompt, text in dense.items() if prompt in fused]

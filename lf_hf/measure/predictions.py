@@ -32,11 +32,6 @@ def kl_divergence(expected: Tensor, log_probs: Tensor) -> Tensor:
     return torch.linalg.vecdot(expected.exp(), expected - log_probs)
 
 
-def shard_batches(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
-    """This process's share of each text, sequences of token ids of shape (tokens T,), as batches."""
-    return {name: decoder.make_batches(decoder.processes.shard(sequences)) for name, sequences in texts.items()}
-
-
 @torch.no_grad()
 def final_states(decoder: Decoder, ids: Batches, desc: str) -> dict[str, list[Tensor]]:
     """States after the final norm, of which the head makes predictions; all texts go through the layers together."""
@@ -62,8 +57,7 @@ def predictions(
 
     `states` and `dense` are the final states of both, as `final_states` gives them; the model is the dense one by
     default. `dense_head` is the weight of the dense model's head (vocab, hidden), by default the decoder's: fusing does
-    not change it. Each process gives its share of the texts, and all get the means over everything. Texts without
-    tokens are left out.
+    not change it. Texts without tokens are left out.
     """
     compared = [states] if dense is None else [states, dense]
     found = {}
@@ -78,7 +72,7 @@ def predictions(
         for log_probs, *expected in _log_probs(models, decoder.config.vocab_size):
             targets, next_ids = next_ids.tensor_split([len(log_probs)])
             parts.append(_token_figures(log_probs, targets.to(log_probs.device), *expected))
-        if means := _means_over_tokens(decoder, parts, size=3):
+        if means := _means_over_tokens(parts):
             loss, divergence, agreement = means
             perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf where no float is large enough
             found[name] = TextFigures(perplexity.item(), divergence, agreement)
@@ -107,8 +101,8 @@ def _token_figures(log_probs: Tensor, next_ids: Tensor, expected: Tensor | None 
 def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[Sequence[Tensor]]) -> list[float]:
     """Mean divergence per token from the dense model's predictions, for final states of the same sequences.
 
-    States have shape (sequences B, tokens T, hidden); each process has a share of the sequences. A divergence that
-    cannot be computed, as where float16 overflows, is inf.
+    States have shape (sequences B, tokens T, hidden). A divergence that cannot be computed, as where float16 overflows,
+    is inf.
     """
     parts = []
     head = decoder.head()
@@ -116,7 +110,7 @@ def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[
     for expected, *compared in _log_probs(models, decoder.config.vocab_size):
         parts.append(torch.stack([kl_divergence(expected, log_probs) for log_probs in compared]))
         del expected, compared  # before the next ones are made
-    means = _means_over_tokens(decoder, parts, size=len(models) - 1)
+    means = _means_over_tokens(parts)
     return [mean if math.isfinite(mean) else math.inf for mean in means]
 
 
@@ -141,16 +135,14 @@ def _rows_of(tensors: Sequence[Tensor], rows: int) -> Iterator[tuple[Tensor, ...
     return zip(*(tensor.to(tensors[0].device).split(rows) for tensor in tensors), strict=True)
 
 
-def _means_over_tokens(decoder: Decoder, parts: Sequence[Tensor], size: int) -> list[float]:
-    """Means over the tokens of all processes of figures in parts of shape (size, tokens); none without any tokens.
+def _means_over_tokens(parts: Sequence[Tensor]) -> list[float]:
+    """Means over tokens of figures in parts of shape (figures, tokens); none without any tokens.
 
     Sums are in float64, so that they do not depend on how many sequences are in a batch. The host does not wait for
     their device before all are computed.
     """
-    sums = torch.zeros(size + 1, dtype=torch.float64)
-    if parts:
-        sums[:-1] = torch.stack([in_float64(part).sum(-1) for part in parts]).sum(0)
-        sums[-1] = sum(part.shape[-1] for part in parts)
-    decoder.processes.all_reduce(sums)
-    *totals, tokens = sums.tolist()
-    return [total / tokens for total in totals] if tokens else []
+    tokens = sum(part.shape[-1] for part in parts)
+    if not tokens:
+        return []
+    totals = torch.stack([in_float64(part).sum(-1) for part in parts]).sum(0)
+    return [total / tokens for total in totals.tolist()]

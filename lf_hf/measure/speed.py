@@ -23,7 +23,6 @@ from lf_hf.families.models import CausalLM, family_of, set_config_layers, text_m
 from lf_hf.report.data import Rate, SpeedInfo
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.errors import reason
-from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.words import plural
 
 logger = logging.get_logger(__name__)
@@ -35,17 +34,11 @@ _PARTS = 12  # of the time: prefill and decoding by two models, in three rounds
 
 
 def with_speed(report: FusionReport, model: CausalLM, base: PreTrainedConfig) -> FusionReport:
-    """A fused model's report with its speed, unless that is there or not wanted, weights are offloaded, or several
-    processes work together.
+    """A fused model's report with its speed, unless that is there or not wanted, or weights are offloaded.
 
     The model is in evaluation mode afterwards.
     """
     if report.speed is not None or not report.config.get("speed", True):
-        return report
-    processes = Processes.of_launch()
-    if processes.world_size > 1:
-        if processes.is_main:
-            logger.warning_once("Speed is not measured where several processes work together.")
         return report
     if is_offloaded(model):
         logger.warning_once("Speed is not measured where weights are offloaded.")

@@ -39,7 +39,7 @@ def fit_groups(
     """
     judge = _HeldOutText(dense, held_out)
     steps = training_steps(dense, sequences) if held_out else None
-    dense_states = keep(dense, dense.embed(dense.make_batches(dense.processes.shard(sequences))))
+    dense_states = keep(dense, dense.embed(dense.make_batches(sequences)))
     states: States | None = None  # of the fused model; None as long as no layer below is fused
     up_to = groups[-1][1] + 1  # nothing is fitted above the last group
     dense_layers = dense.layers(range(up_to))
@@ -111,7 +111,7 @@ class _HeldOutText:
 
     def __init__(self, decoder: Decoder, sequences: Sequence[Tensor]) -> None:
         self._decoder = decoder
-        batches = decoder.make_batches(decoder.processes.shard(sequences))
+        batches = decoder.make_batches(sequences)
         self._states = decoder.embed(batches)  # in front of the fused model's layer
         self._target = self._states  # after the dense model's layers
 
@@ -149,5 +149,4 @@ class _HeldOutText:
             squares *= token_weights(self._decoder, target).view(*target.shape[:2], 1)
             sums = torch.stack([in_float64(part).sum((0, 1)) for part in (squares, squares[:, :1])])
             missed = to_device(missed, sums.device) + sums
-        self._decoder.processes.all_reduce(missed)
         return missed

@@ -89,7 +89,6 @@ def fit_group(
     fitted = attended.weights | gated.weights
     for name, weight in fitted.items():
         fitted[name] = weight.contiguous()
-        decoder.processes.broadcast(fitted[name])
     return MadeLayer(fitted, kind, _read_entry(attended, gated, fitted, traces.solver, first))
 
 
@@ -144,7 +143,7 @@ def _keep_one_mixer(
         num_kept[number] = family.num_key_heads(fit.decoder.config, kind)
         fitted.append(alone.fit_writer(weights, num_kept, problem, kind))
     errors = torch.stack([half.error_after for half in fitted]).tolist()
-    number = fit.decoder.processes.compute_once(lambda: errors.index(min(errors)))
+    number = errors.index(min(errors))
     return kinds[number], fitted[number]
 
 
@@ -238,7 +237,6 @@ def _largest(
         for of_layer, written, weights, input_map in parts:
             x = gated_channels(decoder, weights, linear(read, input_map))
             of_layer += token_weight @ (x.float() * written).square()
-    decoder.processes.all_reduce(size)
     return size.topk(limit).indices.sort().values
 
 

@@ -36,7 +36,7 @@ def empty_problem(decoder: Decoder, shape: tuple[int, ...], like: Tensor, solver
     outputs, inputs = shape
     if solver.rough_tokens is not None and solved_in_tokens(solver.rough_tokens, inputs):
         return DualRegression(like.device, like.dtype, solver)
-    return Regression(inputs, outputs, like.device, like.dtype, decoder.processes, solver)
+    return Regression(inputs, outputs, like.device, like.dtype, solver)
 
 
 def add_to_maps(problem: Problem, decoder: Decoder, half: Half, state: Tensor, targets: Sequence[Tensor]) -> None:
@@ -80,7 +80,7 @@ class FittedHalf(NamedTuple):
 class HalfFit:
     """The fit of one half of a layer.
 
-    States are tensors of shape (sequences B, tokens T, hidden), of this process's share of the text.
+    States are tensors of shape (sequences B, tokens T, hidden).
 
     What the half writes goes to the residual stream as it is or, as in Gemma and OLMo, through a norm. A norm discards
     each token's size, so only directions can be fitted. The writer is then fitted twice: first for the sizes that it
@@ -128,7 +128,6 @@ class HalfFit:
             totals.append(total)
         num_tokens = sum(state.shape[:2].numel() for state in states)
         sums = torch.stack([*totals, torch.full_like(totals[0], num_tokens)])
-        self.decoder.processes.all_reduce(sums)
         return (sums[:-1] / sums[-1]).exp().float()
 
     def build_problem(self, weights: Weights, x_of: WriterInputs) -> Problem:
@@ -188,8 +187,6 @@ class HalfFit:
             token_weight = token_weights(self.decoder, target).to(start)
             squares += token_weight @ x.square()
             products += token_weight @ (x * self.residual_update(target, state).to(start))
-        self.decoder.processes.all_reduce(squares)
-        self.decoder.processes.all_reduce(products)
         pull = self.ridge * squares.mean()
         fitted = (products + pull * start) / (squares + pull)
         return torch.where(squares + pull > 0, fitted, start).to(gain.dtype)  # 0: nothing written

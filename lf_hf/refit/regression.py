@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lf_hf.runtime.amounts import EXACT_LIMIT, ROUGH_EXACT_LIMIT
-from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import bfloat16_products
 
 _SELECTION_RIDGE = 1e-2
@@ -33,7 +32,7 @@ class Solver:
     """What factors the matrices of all problems of a fit, and keeps what went wrong: 0 for each that could be factored.
 
     What follows from one that could not is of no use, so `check` must be called before any result is used. A rough fit
-    has `rough_tokens`, which each process has all of; they are None for any other fit.
+    has `rough_tokens`; they are None for any other fit.
     """
 
     def __init__(self, rough_tokens: int | None = None) -> None:
@@ -114,8 +113,6 @@ class LeastSquares:
 class Regression(LeastSquares):
     """Sums of a problem over tokens, from which W and its error follow.
 
-    Some processes may each add a share of the tokens, and then solve the same problem.
-
     Attributes
     ----------
     gram : tensor of shape (inputs m, inputs m)
@@ -132,14 +129,12 @@ class Regression(LeastSquares):
         outputs: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        processes: Processes = ALONE,
         solver: Solver | None = None,
     ) -> None:
         super().__init__(device, dtype, solver)
         self.gram = torch.zeros(inputs, inputs, dtype=self.dtype, device=self.device)
         self.cross = torch.zeros(outputs, inputs, dtype=self.dtype, device=self.device)
         self.energy = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._processes = processes
 
     def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
         """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), token_weight (tokens T,)."""
@@ -151,12 +146,10 @@ class Regression(LeastSquares):
             self.energy += rows.double().square_().sum()
 
     def complete(self) -> None:
-        """Add up the sums of all processes, in each of them, after the last tokens."""
+        """Fill in what the sums lack, after the last tokens."""
         for first in range(0, len(self.gram), _GRAM_ROWS):
             end = first + _GRAM_ROWS
             self.gram[end:, first:end] = self.gram[first:end, end:].T
-        for sums in (self.gram, self.cross, self.energy):
-            self._processes.all_reduce(sums)
 
     def ridge(self, start: Tensor | None, strength: float) -> Solution:
         """The W that minimises sum |y - W x|^2 + pull * |W - start|^2, where pull = strength * mean(diag(gram)).
@@ -220,7 +213,6 @@ class Regression(LeastSquares):
             blocks = blocks[:size]
         del inverse, weight
         blocks = blocks.sort().values
-        self._processes.broadcast(blocks)  # as machines may round differently
         index = expanded(blocks, block)
         self.gram = self.gram[index[:, None], index]
         self.cross = self.cross[:, index]

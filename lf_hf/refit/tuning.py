@@ -22,7 +22,7 @@ from lf_hf.runtime.amounts import STEP_TOKENS, num_passes
 from lf_hf.runtime.numerics import in_float64, to_device, typical_size
 
 Row = tuple[int, int]
-"""A sequence of this process: the number of its batch, and its row there."""
+"""A sequence: the number of its batch, and its row there."""
 
 _WARM_UP_STEPS = 10
 _RELATIVE_RATE = 2.75e-3  # of the size of the layer's weights
@@ -39,7 +39,7 @@ def tune(
     """The parameters of a layer after training it to turn `states` into `targets`, by the layer's own names.
 
     By AdamW on squared errors, weighted as in fits. `states` and `targets` (sequences B, tokens T, hidden) are the
-    stream in front of the layer, and as it should be after it: this process's share of the text that `steps` are of.
+    stream in front of the layer, and as it should be after it, of the text that `steps` are of.
     """
     device = layer.mlp.down_proj.weight.device
     dtype = layer.mlp.down_proj.weight.dtype
@@ -53,7 +53,6 @@ def tune(
         squares = (target.float() - state.to(target.device).float()).square().flatten(0, 1)
         change = in_float64(token_weights(decoder, target) @ squares)
         changes = to_device(changes, change.device) + change
-    decoder.processes.all_reduce(changes)
     scale = channel_weights(changes).to(device, torch.float32)
     rate = _RELATIVE_RATE * typical_size(weights.values())
     optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -69,34 +68,24 @@ def tune(
                 # Gradients are scaled to those of a whole pass: AdamW sees their size only through its eps.
                 loss = missed @ token_weights(decoder, target).to(missed) * steps.per_pass
                 loss.backward()
-        for weight in weights.values():
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            decoder.processes.all_reduce(weight.grad)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    tuned = {name: weight.detach().to(dtype) for name, weight in weights.items()}
-    for weight in tuned.values():
-        decoder.processes.broadcast(weight)
-    return tuned
+    return {name: weight.detach().to(dtype) for name, weight in weights.items()}
 
 
 class Steps(NamedTuple):
-    """This process's sequences of each step of the training, by their length, and about how many steps are a pass over
-    the text."""
+    """The sequences of each step of the training, by their length, and about how many steps a pass over the text is."""
 
     rows: list[dict[int, list[Row]]]
     per_pass: float
 
 
 def training_steps(decoder: Decoder, sequences: Sequence[Tensor]) -> Steps:
-    """The steps of some passes over sequences, (tokens T,) each: all processes together take the same as one alone."""
+    """The steps of some passes over sequences, (tokens T,) each."""
     passes = num_passes(sum(map(len, sequences)))
-    mine = decoder.processes.shard(range(len(sequences)))
-    batches = decoder.batch_indices(decoder.processes.shard(sequences))
-    places: dict[int, Row] = {
-        mine[place]: (batch, row) for batch, numbers in enumerate(batches) for row, place in enumerate(numbers)
-    }
+    batches = decoder.batch_indices(sequences)
+    places = {number: (batch, row) for batch, numbers in enumerate(batches) for row, number in enumerate(numbers)}
     steps: list[dict[int, list[Row]]] = [{}]
     tokens = 0
     generator = torch.Generator().manual_seed(0)
@@ -107,8 +96,7 @@ def training_steps(decoder: Decoder, sequences: Sequence[Tensor]) -> Steps:
                 tokens = 0
             length = len(sequences[number])
             tokens += length
-            if number in places:
-                steps[-1].setdefault(length, []).append(places[number])
+            steps[-1].setdefault(length, []).append(places[number])
     return Steps(steps, len(steps) / passes)
 
 

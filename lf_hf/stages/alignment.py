@@ -17,7 +17,6 @@ from torch import Tensor
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import PROJECTIONS, Axis, Weights, head_dim
 from lf_hf.report.data import RowMatch
-from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.stages.assignment import Costs, Pair, assign, float_rows, row_costs
 
@@ -39,7 +38,7 @@ def align_layer(
     if alignment == "rows":
         symmetric = {axis.parameter for axis in symmetry}
         symmetry = tuple(axis for axis in _ROW_AXES if f"{axis.permutation}.weight" in symmetric)
-    permutations, matches = match_neurons(weights_i, weights_j, head_dim(decoder.config), symmetry, decoder.processes)
+    permutations, matches = match_neurons(weights_i, weights_j, head_dim(decoder.config), symmetry)
     aligned = dict(weights_j)
     for axis in symmetry:
         if (weight := aligned.get(axis.parameter)) is not None:
@@ -54,14 +53,14 @@ def normalized_rows(weight: Tensor) -> Tensor:
 
 
 def match_neurons(
-    weights_i: Weights, weights_j: Weights, head_dim: int, symmetry: Sequence[Axis], processes: Processes = ALONE
+    weights_i: Weights, weights_j: Weights, head_dim: int, symmetry: Sequence[Axis]
 ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
     """The permutations in a symmetry group that bring layer j closest to layer i.
 
     Closest in the sense of `assignment.row_costs`, summed over the matrices that a permutation acts on: an MLP neuron
     costs the distance of its gate row, up row and down column; a key-value head that of its key and value blocks
     plus its query heads' in their best order, each by its query and output block. An attention head has `head_dim`
-    channels; each of some processes finds some of the permutations.
+    channels.
 
     Returns int64 tensors by the symmetry's names of permutations, where channel p of the aligned layer is channel
     permutation[p] of layer j, and by names of projections how each was matched.
@@ -74,10 +73,7 @@ def match_neurons(
             pairs[axis] = weight_i.movedim(axis.dim, 0), weight_j.movedim(axis.dim, 0)
             problems.setdefault(axis.permutation, []).append(pairs[axis])
     heads = [_head_costs(problems.pop(name), head_dim) for name in ("query", "key_value") if name in problems]
-    found = assign({name: problems[name] for name in processes.shard(list(problems))})
-    permutations: dict[str, Tensor] = {}
-    for part in processes.all_gather_object(found):
-        permutations |= {name: torch.from_numpy(permutation) for name, permutation in part.items()}
+    permutations = {name: torch.from_numpy(permutation) for name, permutation in assign(problems).items()}
     if heads:
         for name, order in _match_heads(*heads).items():
             channels = (order[:, None] * head_dim + np.arange(head_dim)).ravel()

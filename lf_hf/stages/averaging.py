@@ -50,8 +50,6 @@ def average(
         weights, matches = align_layer(decoder, weights_i, weights, alignment)
         ratio = fusion_ratio(similarity, i, i + 1, ratio_beta)
         weights = merge_weights(weights_i, weights, ratio)
-        for weight in weights.values():
-            decoder.processes.broadcast(weight)
         entry = entry.joined(i, ratio, matches)
     known[key] = MadeLayer(weights, {}, entry)
     return known[key]

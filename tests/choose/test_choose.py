@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from threading import Barrier
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -28,9 +25,7 @@ from lf_hf.choose.sets import cheapest_sets, estimate_costs, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import fuse
-from lf_hf.refit.regression import FitOverflow
 from lf_hf.report.data import BudgetTrial
-from lf_hf.runtime.launch import Processes
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.packing import split_held_out
 
@@ -169,54 +164,6 @@ def test_each_number_of_fusions_chooses_as_it_would_alone() -> None:
         found, alone = (choice(model, num_fusions, text) for text in (measured, measured_text(TEXT[:8], TEXT[8:])))
         assert found.groups == alone.groups and count_removed(found.groups) == num_fusions
         assert all(found.costs[group] == cost for group, cost in alone.costs.items())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Threads(Processes):
-    """Threads of this process in the place of processes, which exchange small values alone."""
-
-    barrier: Barrier
-    values: list[Any]
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        self.values[self.rank] = value
-        self.barrier.wait(60)
-        found = [*self.values]
-        self.barrier.wait(60)
-        return found
-
-    def compute_once(self, compute: Callable[[], Any]) -> Any:
-        return self.all_gather_object(compute())[0]
-
-
-def in_threads(count: int, run: Callable[[Processes], Any]) -> list[Future[Any]]:
-    barrier, values = Barrier(count), [None for _ in range(count)]
-    with ThreadPoolExecutor(count) as threads:
-        return [threads.submit(run, Threads(rank, count, barrier=barrier, values=values)) for rank in range(count)]
-
-
-def test_any_number_of_processes_chooses_what_one_does() -> None:
-    """By the same costs and influences, bit for bit; here some have nothing to measure."""
-    model = make_llama(num_hidden_layers=8)
-
-    def chosen(processes: Processes) -> Choice:
-        decoder = Decoder(model)
-        decoder.processes = processes
-        return choose(decoder, FusionConfig(3, "refit"), measured_text(TEXT[:8], TEXT[8:]))
-
-    alone = choice(model, 3, measured_text(TEXT[:8], TEXT[8:]))
-    assert [each.result() for each in in_threads(12, chosen)] == [alone] * 12
-
-
-def test_what_one_process_cannot_compute_is_said_by_all() -> None:
-    def run(processes: Processes) -> None:
-        with processes.apart():
-            if processes.rank == 1:
-                raise FitOverflow("by the second")
-
-    for process in in_threads(3, run):
-        with pytest.raises(FitOverflow, match="by the second"):
-            process.result()
 
 
 def random_costs(layers: int, seed: int) -> dict[Group, float]:

@@ -21,7 +21,7 @@ from lf_hf.cli import main
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.measure.generating import continue_prompts
-from lf_hf.measure.predictions import divergences, final_states, predictions, shard_batches
+from lf_hf.measure.predictions import divergences, final_states, predictions
 from lf_hf.measure.speed import measure_speed
 from lf_hf.report.data import TextFigures
 from lf_hf.report.report import FusionReport
@@ -40,7 +40,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
     decoder = Decoder(make_llama(dtype=dtype))
-    ids = shard_batches(decoder, {"text": SEQUENCES, "empty": []})
+    ids = {"text": decoder.make_batches(SEQUENCES), "empty": []}
     states = final_states(decoder, ids, "")
     [(name, found)] = predictions(decoder, ids, states, copy.deepcopy(states)).items()
     assert name == "text" and found == TextFigures(found.perplexity, divergence=0.0, agreement=1.0)
@@ -67,7 +67,7 @@ def test_a_batch_is_of_512_tokens_however_few_bytes_hold() -> None:
 def test_figures_are_those_of_whole_forward_passes() -> None:
     model = make_llama()
     decoder = Decoder(model)
-    ids = shard_batches(decoder, {"text": SEQUENCES})
+    ids = {"text": decoder.make_batches(SEQUENCES)}
     dense_states, before_removal = final_states(decoder, ids, ""), [*decoder.walk(ids["text"])][-1]
     dense = [model(sequence[None]).logits[0].double().log_softmax(-1) for sequence in SEQUENCES]
     decoder.remove(3)
