@@ -132,7 +132,7 @@ _CALIBRATION = click.option(
     "--calibration",
     metavar="FILE",
     help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats; or "
-    "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed; or bundled: text that is installed.",
+    "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed.  [default: bundled text]",
 )
 _HUB = click.option("--revision", metavar="REF", help="Branch, tag or commit of BASE on the hub.")
 _MAX_MEMORY = click.option(
@@ -203,7 +203,7 @@ def fuse(base: str, out: str, dry_run: bool, **given: Any) -> None:
 @click.option(
     "--base", metavar="BASE", help="The model that was fused.  [default: FUSED names it, if it is on the hub]"
 )
-@click.option("--text", metavar="FILE", help="Text to heal on, as fuse --calibration.  [default: general or bundled]")
+@click.option("--text", metavar="FILE", help="Text to heal on, as fuse --calibration.  [default: bundled text]")
 @_gone("--cache", "the base's states lie in OUT until the healing is done")
 @_gone("--top-k", "healing compares all predictions")
 @click.option("--arg", metavar="NAME=VALUE", multiple=True, help="A field of TrainingArguments; may be repeated.")

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from lf_hf.inputs.resuming import ended_healing
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import Processes, local_rank
 from lf_hf.settings import FusionConfig, HealSettings
-from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
@@ -86,7 +85,7 @@ def from_pretrained_fused(
         Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` or a budget is required.
     calibration : list of str or chats, or path, optional
         Calibration text, as `lf_hf.text.calibration.load_calibration` takes it, and what is healed on where
-        `heal_tokens` asks for that. Default: MMLU questions, or for `refit` and healing the text of
+        `heal_tokens` asks for that. Default: MMLU questions, or for `refit` and healing the bundled mixture of
         `lf_hf.text.calibration.load_corpus`.
     tokenizer : optional
         The base's tokenizer, if it is not beside the base.
@@ -148,9 +147,6 @@ def _kept_in(folder: Path, inputs: FusionInputs) -> FusedForCausalLM:
     judged_with = [f"{name}={report.config[name]}" for name in JUDGING if report.config[name] != asked[name]]
     if judged_with:
         logger.warning(f"{str(folder)!r} was judged with {' and '.join(judged_with)}; its report keeps those figures.")
-    if inputs.calibration is None and report.calibration:  # others, where the hub answers otherwise now
-        sources = ", ".join(info.source for info in report.calibration)
-        logger.warning(f"Loaded from {str(folder)!r} what was fused before, on {sources}.")
     return model
 
 
@@ -160,10 +156,6 @@ def _fuse_and_keep(folder: Path, inputs: FusionInputs, made_of: dict[str, str], 
 
     if (folder / REPORT_NAME).is_file() and not (folder / WORK).is_dir():
         logger.warning(f"{reason} Fusing, to replace it.")
-    if inputs.calibration is None:
-        with suppress(ValueError):  # no report is there, or none that can be read
-            earlier = default_source(info.source for info in FusionReport.load(folder).calibration)
-            inputs = dataclasses.replace(inputs, calibration=earlier, by_default=True)  # whatever the hub says now
     model = pipeline.run(inputs, folder, fingerprints=made_of)
     model.is_found_at(str(folder))
     on_another_machine = not Processes.of_launch().is_main and local_rank() == 0
@@ -262,8 +254,8 @@ def heal(
     base : str or Base, optional
         Folder or hub name of the model that was fused. Default: what the report names, if that is on the hub.
     text : list of str or chats, or path, optional
-        Text to heal on, as `lf_hf.text.calibration.load_training_text` takes it: best what the model will be used
-        for. Default: general text from the hub or, without one or with "bundled", what is installed.
+        Text to heal on, as `lf_hf.text.calibration.load_corpus` takes it: best what the model will be used for.
+        Default: the bundled mixture.
     settings : HealSettings, optional
         HealSettings fields in `kwargs` override it.
     training_args : dict, optional

@@ -59,7 +59,6 @@ from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.measure import speed
 from lf_hf.plan.plan import Plan
-from lf_hf.text.calibration import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 LLAMA_3_8B = {"layers": 32, "hidden": 4096, "mlp": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256}
@@ -103,9 +102,9 @@ def fused(base: str, options: argparse.Namespace, method: str, selection: str, p
     if method == "healed":
         given["heal_tokens"] = options.heal_tokens
     where = {"device_map": options.device, "max_memory": places}
-    plan = FusionInputs.open(base, FusionConfig(**given), BUNDLED, None, dict(where)).check()
+    plan = FusionInputs.open(base, FusionConfig(**given), None, None, dict(where)).check()
     with tempfile.TemporaryDirectory(dir=Path(base).parent) as out:
-        report = fuse_checkpoint(base, out, calibration=BUNDLED, **given, **where)
+        report = fuse_checkpoint(base, out, **given, **where)
     figures: Figures = {"groups": [sorted(group) for group in report.groups], "planned": plan.peak}
     healed = given.get("heal_tokens", 0)
     tokens = {"measure": options.tokens + healed, "heal": healed}

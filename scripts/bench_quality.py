@@ -55,12 +55,10 @@ from lf_hf.refit.layer_parts import mid_state, written_by
 from lf_hf.refit.regression import Regression
 from lf_hf.runtime.tasks import SUBJECTS
 from lf_hf.text.calibration import (
-    BUNDLED,
     Corpus,
     documentation_halves,
     load_calibration,
     load_corpus,
-    load_training_text,
 )
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.mmlu import Question, read_csv_questions
@@ -391,7 +389,7 @@ def open_base(options: argparse.Namespace, text: str, scratch: str) -> Base:
 
 
 def open_ways(
-    options: argparse.Namespace, opened: Base, base: CausalLM, calibration: TextSource
+    options: argparse.Namespace, opened: Base, base: CausalLM, calibration: TextSource | None
 ) -> tuple[Fuser, Rivals]:
     """All ways, which share what is measured on the base."""
     tokenizer = opened.tokenizer()
@@ -401,12 +399,12 @@ def open_ways(
     by_default = for_model(given, base.config)
     settings: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": by_default.calibration_tokens}
     corpus = load_corpus(calibration, max_tokens=by_default.calibration_tokens)
-    samples = load_calibration(BUNDLED)
+    samples = load_calibration()
     dense = Decoder(base)
     measured = measure(dense, tokenizer, FusionConfig(1, **settings), samples, corpus)
     assert measured.text is not None
     print(f"Calibrated on {measured.text.source.tokens} tokens: {corpus.full_source}.")
-    training_text = load_training_text(calibration, by_default.heal_tokens)
+    training_text = load_corpus(calibration, max_tokens=by_default.heal_tokens, to_train=True)
     fuser = Fuser(opened, dense, tokenizer, settings, measured, training_text, by_default.heal_tokens)
     return fuser, Rivals(measured.text)
 
@@ -419,7 +417,7 @@ def main() -> None:
     if options.fusions is not None:
         levels = options.fusions
     texts = {judging.name: judging.text for judging in judging_texts()}
-    calibration: TextSource = BUNDLED
+    calibration: TextSource | None = None
     first_half = ""
     if options.text:
         first_half, second_half = read_halves(options.text)

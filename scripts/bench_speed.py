@@ -61,10 +61,9 @@ from lf_hf.stages.assignment import Pair, assign
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import entropy, layer_similarity, mutual_information, rank_normalized
 from lf_hf.text.calibration import (
-    BUNDLED,
     documentation_halves,
     load_calibration,
-    load_training_text,
+    load_corpus,
 )
 from lf_hf.text.packing import tokenize_samples
 from lf_hf.text.sources import TextSource
@@ -145,7 +144,7 @@ def load(base: str) -> Loaded:
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     length = min(DEFAULTS.sample_length, model.config.max_position_embeddings)
-    return model, tokenize_samples(tokenizer, load_calibration(BUNDLED), length, model.config.vocab_size)
+    return model, tokenize_samples(tokenizer, load_calibration(), length, model.config.vocab_size)
 
 
 def one_pass(loaded: Loaded) -> Array:
@@ -281,7 +280,7 @@ def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
 # Price
 
 
-def price(base: str, config: FusionConfig, calibration: TextSource) -> None:
+def price(base: str, config: FusionConfig, calibration: TextSource | None) -> None:
     """What each part of a refit costs, in the order of the pipeline, and a healing if one is asked for."""
     opened = Base.open(base, {})
     tokenizer = opened.tokenizer()
@@ -297,7 +296,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource) -> None:
     making = timed(lambda: list(make_layers(decoder, groups, config, measured)))
     parts: dict[str, Cost[Any]] = {"forward pass": forward, "text": text, "choosing": choosing, "making": making}
     if config.heal_tokens:
-        training_text = load_training_text(calibration, config.heal_tokens, tokenizer)
+        training_text = load_corpus(calibration, max_tokens=config.heal_tokens, to_train=True, tokenizer=tokenizer)
         fused = cut_short(opened, config.num_fusions, measured)
         parts["healing"] = timed(partial(heal, fused, opened, decoder, measured, training_text, config.heal_tokens))
     tokens = measured.text.source.tokens
@@ -430,7 +429,7 @@ def main() -> None:
                 calibration_tokens=options.text_tokens,
                 perplexity_tokens=0,
             )
-            price(given, config, options.text or BUNDLED)
+            price(given, config, options.text)
         if "fusing" in options.tables:
             fusions(base, options.methods, options.num_fusions)
         if "sweep" in options.tables:

@@ -30,7 +30,7 @@ from lf_hf.inputs.fusion import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
 from lf_hf.runtime.amounts import num_rough_tokens, num_trials
-from lf_hf.text.calibration import BUNDLED, load_calibration, load_corpus
+from lf_hf.text.calibration import load_calibration, load_corpus
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens
 
@@ -99,8 +99,8 @@ def main() -> None:
     packed = {name: pack_tokens(tokenizer, text, LENGTH, 8192) for name, text in texts.items()}
     compared = Judge(dense.model, packed, [])
     config = for_model(FusionConfig(options.fusions, "refit", perplexity_tokens=0), dense.model_config)
-    corpus = load_corpus(BUNDLED, max_tokens=config.calibration_tokens)
-    measured = measure(dense, tokenizer, config, load_calibration(BUNDLED), corpus)
+    corpus = load_corpus(max_tokens=config.calibration_tokens)
+    measured = measure(dense, tokenizer, config, load_calibration(), corpus)
     assert measured.text is not None
     whole = measured.text.source.tokens
     heads = [*texts, *(f"{name}, {figure}" for figure in ("nats", "same") for name in texts)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import logging
 import os
 import random
@@ -19,7 +18,6 @@ os.environ["HF_ASSETS_CACHE"] = os.devnull  # nor find what was read from one
 
 import pytest
 import torch
-from huggingface_hub import cached_assets_path
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,7 +27,6 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.inputs.dry_run import DryRun, plan_fusion
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.measure import judge, speed
-from lf_hf.text.hub import GENERAL
 
 
 def open_file(fd: Any) -> None:
@@ -241,19 +238,6 @@ def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fused") / "model"
     FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Let the hub give general text from now on, or not answer."""
-    pages = cached_assets_path("lf_hf", GENERAL.repo, GENERAL.commit, assets_dir=tmp_path) / "000_00000.json"
-    pages.write_text(json.dumps([{"text": " ".join(make_texts(400))}]))
-
-    def set_place(answers: bool) -> None:
-        place = tmp_path if answers else os.devnull
-        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", place)
-
-    return set_place
 
 
 @pytest.fixture(scope="session")

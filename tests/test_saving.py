@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import logging
 import os
 import resource
 import shutil
@@ -562,36 +561,6 @@ def test_what_another_run_replaces_while_it_is_read_is_not_used(
 
     monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", after_another_run)
     assert same(load(base, tmp_path / "fused"), first) and fusions.call_count == 3
-
-
-@pytest.mark.parametrize(("answers_first", "heal_tokens"), [(True, 1024), (False, 0)])
-def test_the_default_text_is_the_same_with_and_without_a_hub(
-    answers_first: bool,
-    heal_tokens: int,
-    base: str,
-    tmp_path: Path,
-    fusions: Mock,
-    hub_answers: Callable[[bool], None],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """So what took long, as a healing, is not replaced where the hub answers now and did not then, or the reverse."""
-    settings: dict[str, Any] = {"calibration": None, "method": "refit", "perplexity_tokens": 200}
-    settings |= {"calibration_tokens": 1024, "calibration_length": 64, "heal_tokens": heal_tokens}
-    caplog.set_level(logging.INFO, "lf_hf")
-    models = []
-    for answers in (answers_first, not answers_first):
-        hub_answers(answers)
-        models.append(load(base, tmp_path / "fused", **settings))
-    assert fusions.call_count == 1 and same(*models)
-    [line] = [message for message in caplog.messages if "what was fused before, on" in message]
-    assert ("HuggingFaceFW/fineweb-edu at" in line) == answers_first
-    others = settings | {"tokenizer": tokenizer_with(template="{{ messages }}"), "heal_tokens": 0}
-    if answers_first:
-        with pytest.raises(OSError, match="The hub does not give the default text"):
-            load(base, tmp_path / "fused", **others)
-    else:
-        again = load(base, tmp_path / "fused", **others)
-        assert fusions.call_count == 2 and again.fusion_report.calibration == models[0].fusion_report.calibration
 
 
 def test_what_is_finished_loads_at_once(base: str, fusions: Mock, parent: Path) -> None:

@@ -85,16 +85,12 @@ def _size_and_time(file: Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def text_digest(texts: Iterable[str] | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of texts, of the tokens at their beginning, and of the chat template.
-
-    None stands for the default text, wherever it comes from: then the vocabulary tells tokenizers apart.
-    """
+def text_digest(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of texts, of the tokens at their beginning, and of a tokenizer's vocabulary and chat template."""
     digest = hashlib.sha256(str(tokenizer.chat_template).encode())
-    if texts is None:
-        vocabulary = tokenizer.get_vocab()
-        texts = [" ".join(sorted(vocabulary, key=vocabulary.__getitem__))]
-    for text in texts:
+    vocabulary = tokenizer.get_vocab()
+    words = " ".join(sorted(vocabulary, key=vocabulary.__getitem__))
+    for text in (words, *texts):
         digest.update(hashlib.sha256(text.encode()).digest())
         digest.update(str(tokenizer(text[:_TOKENIZED_CHARACTERS], verbose=False)["input_ids"]).encode())
     return digest.hexdigest()

@@ -77,7 +77,7 @@ class FusedLM(HFLM):
                 the fusions may cost.
             calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet), or a data set on the hub
                 (``NAME[:CONFIG[:SPLIT[:COLUMN]]]``). Default: MMLU questions that are not in its test split; for
-                ``refit`` general text from the hub or, without one or with ``bundled``, what is installed.
+                ``refit`` a mixture of what is installed.
             fused_dir: Folder to keep the fused model in: loaded if it was made of the same base, calibration text and
                 settings, else fused and saved there.
             **kwargs: All other fields of ``lf_hf.FusionConfig``, whose defaults and ranges are documented there. And

@@ -32,7 +32,6 @@ from lf_hf.report.report import versions
 from lf_hf.runtime.launch import Processes, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
-from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
 
 if TYPE_CHECKING:
@@ -105,10 +104,8 @@ def sweep(
     maker = _Maker(opened, tokenizer, configs, Texts.load(configs, calibration, tokenizer), evaluation)
     maker.check_healing()
     asked |= {"tasks": sorted(tasks), "limit": limit and float(limit)}  # a command line gives 20.0 for 20
-    keys = maker.keys(json.dumps(asked, sort_keys=True), by_default=calibration is None)
+    keys = maker.keys(json.dumps(asked, sort_keys=True))
     results = Results(folder, opened.name, list(keys))
-    if calibration is None and (earlier := default_source(point.calibration for point in results.points())):
-        maker.texts = Texts.load(configs, earlier, tokenizer)  # those that points which are there were made on
     maker.make(keys, results)
     return results.points()
 
@@ -170,15 +167,15 @@ class _Maker:
         assert self._healing is not None
         check_text_to_heal(self.tokenizer, self.texts.to_heal, self._healing.settings, self.base)
 
-    def keys(self, evaluation: str, *, by_default: bool) -> _Keys:
-        """What identifies the results of each model; default texts count as the same wherever they come from."""
+    def keys(self, evaluation: str) -> _Keys:
+        """What identifies the results of each model."""
         base = files_digest(self.base)
         others = {"dtype": self.base.dtype, "evaluation": evaluation}
         judged = {"perplexity_tokens": self.configs[0].perplexity_tokens}
         keys: _Keys = {identity_key(identity(base, judged, "", **others))[:_KEY]: None}
         for config in self.configs:
             texts = chain(*(text.texts for text in self.texts.used_by(config) if text))
-            text = text_digest(None if by_default else texts, self.tokenizer)
+            text = text_digest(texts, self.tokenizer)
             made_of = identity(base, config.in_effect(), text, **others)
             keys[identity_key(made_of)[:_KEY]] = config
         return keys

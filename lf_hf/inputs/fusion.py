@@ -42,7 +42,7 @@ class Texts(NamedTuple):
     def load(
         cls, configs: Sequence[FusionConfig], calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
     ) -> Texts:
-        """What some fusions of one base need of what the user gave or, with None, of the default texts.
+        """What some fusions of one base need of what the user gave or, with None, of the bundled text.
 
         The first process of a launch reads for all, so each has to call this. Raises ValueError if `calibration` cannot
         be used, or has too few samples.
@@ -79,7 +79,7 @@ class FusionInputs:
     """All that a fusion is made of; text is read when it is first needed.
 
     `calibration` is what the user gave, `tokenizer` the base's unless the user gave one, and `model_class` that of the
-    result. `by_default`: the user gave no calibration text, and `calibration` is the default that an earlier run had.
+    result.
     """
 
     base: Base
@@ -87,7 +87,6 @@ class FusionInputs:
     calibration: TextSource | None
     tokenizer: PreTrainedTokenizerBase
     model_class: type[FusedForCausalLM]
-    by_default: bool = False
 
     @classmethod
     def open(
@@ -160,10 +159,7 @@ class FusionInputs:
 
         Of a base not `by_content` the sizes and times of its files are taken in place of all that they hold.
         """
-        texts: list[str] | None = None
-        used = [source for source in self.texts if source is not None]
-        if self.calibration is not None and not self.by_default and used:
-            texts = [text for source in used for text in source.texts]
+        texts = [text for source in self.texts if source is not None for text in source.texts]
         read = text_digest(texts, self.tokenizer)
         dtype = self.base.dtype or self.base.config.dtype
         return identity(files_digest(self.base, by_content=by_content), self.config.in_effect(), read, dtype=dtype)

@@ -27,7 +27,7 @@ from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.words import unknown_name
 from lf_hf.settings import FusionConfig, HealSettings, default_heal_tokens
-from lf_hf.text.calibration import Corpus, load_training_text
+from lf_hf.text.calibration import Corpus, load_corpus
 from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
@@ -106,7 +106,7 @@ class HealInputs:
         tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else opened.tokenizer()
         if settings.tokens is None:
             settings = replace(settings, tokens=default_heal_tokens(num_parameters(opened.config)[0]))
-        corpus = load_training_text(text, settings.tokens, tokenizer)
+        corpus = load_corpus(text, max_tokens=settings.tokens, to_train=True, tokenizer=tokenizer)
         if settings.written_share is not None:
             corpus = replace(corpus, generated_share=settings.written_share)
         return cls(folder, config, report, tokenizer, opened, corpus, settings, training_args or {})

@@ -52,8 +52,7 @@ def _note_of(work: Path, present: Mapping[str, str]) -> dict[str, Any]:
     if any(work.glob("checkpoint-*")):
         raise ValueError(
             f"{str(work.parent)!r} holds a run that was cut short, of another healing ({'; '.join(changes):.500}). "
-            "To go on with it, give its command again, with the same lf_hf, Python and hub access "
-            f"(or the text 'bundled' if it had none), or {advice}."
+            f"To go on with it, give its command again, with the same lf_hf and Python, or {advice}."
         )
     return {}
 

@@ -9,20 +9,15 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from string import ascii_uppercase
 from sysconfig import get_path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.runtime.launch import compute_once
 from lf_hf.runtime.tasks import SUBJECTS
-from lf_hf.text.hub import GENERAL, MMLU, HubFile, load_rows
-from lf_hf.text.mmlu import Question, fitting_questions, format_question
+from lf_hf.text.mmlu import fitting_questions, format_question
 from lf_hf.text.sources import TextSource, read_samples, sample_evenly, split_windows
 
 logger = logging.get_logger(__name__)
-BUNDLED, HUB = "bundled", "hub"
-"""In place of a user's text: the default text that is installed, and that of the hub."""
 QUESTIONS = "MMLU development questions"
 DOCUMENTATION = "Python documentation (first half)"
 """Name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
@@ -40,7 +35,7 @@ _QUESTION_CHARACTERS, _MAX_QUESTION_CHARACTERS = 0.8, 40_000
 _DOCUMENTATION_CHARACTERS, _DOCUMENTATION_EXCERPT = 0.6, 2048
 _PACKAGES = "asyncio", "concurrent", "email", "http", "importlib", "json", "logging", "unittest", "urllib", "xml"
 _TOKENS_FOR_TWO = 98304  # of the default mixture: from here on it has two questions of each subject
-_OWN_TEXT = "text of your own domain gives"
+_NOTE = "Calibrated on the bundled mixture; text of your own domain gives a better model"
 
 
 @dataclass(frozen=True)
@@ -81,26 +76,6 @@ class Corpus:
         return f"{self.source}, text by the model itself" if self.generated_share else self.source
 
 
-def load_training_text(
-    text: TextSource | None, tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Corpus:
-    """As `load_corpus`, to train on so many tokens; the first process of a launch reads for all."""
-    return compute_once(lambda: load_corpus(text, max_tokens=tokens, to_train=True, tokenizer=tokenizer))
-
-
-def default_source(sources: Iterable[str]) -> str | None:
-    """HUB or BUNDLED, whichever default text the sources of a report name; None if they name no default text.
-
-    Given as calibration text it makes a later run use the same text, or fail if the hub does not give it.
-    """
-    for source in sources:
-        if source.startswith((GENERAL.name, MMLU.name)):
-            return HUB
-        if source.startswith((QUESTIONS, DOCUMENTATION)):
-            return BUNDLED
-    return None
-
-
 def load_calibration(
     calibration: TextSource | None = None,
     *,
@@ -116,8 +91,7 @@ def load_calibration(
         A chat is a list of messages, as chat templates take them: [{"role": "user", "content": "..."}, ...].
         File: .txt (samples separated by blank lines), or .jsonl, .csv or .parquet with a column "text", or "messages"
         of chats. Data set: NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hugging Face hub, of which the beginning is streamed.
-        "hub": questions of MMLU's validation split without their answers. "bundled": of the development questions that
-        lm-eval ships. None: the hub's if it or its cache answers within ten seconds, else the bundled ones.
+        None: the MMLU development questions that lm-eval ships, without their answers.
     samples_per_subject : int
         Questions a subject if no text is given.
     sample_length : int
@@ -130,8 +104,8 @@ def load_calibration(
     ValueError, OSError
         If the text cannot be read, is empty, or has a sample that is neither a string nor a chat.
     """
-    if calibration is None or (isinstance(calibration, str) and calibration in (BUNDLED, HUB)):
-        return _mmlu_samples(calibration, samples_per_subject)
+    if calibration is None:
+        return _mmlu_samples(samples_per_subject)
     samples, source = read_samples(calibration, MAX_SAMPLES * sample_length, tokenizer)
     cut = (sample[: sample_length * TOKEN_CHARACTERS] for sample in samples)
     texts, remark = _sample_items(cut, MAX_SAMPLES, source, "samples")
@@ -148,38 +122,17 @@ def _sample_items(items: Iterable[str], count: int, source: str, kind: str) -> t
     return sampled, f" ({len(sampled):,} of {total:,} {kind}, spread evenly)"
 
 
-def _hub_rows(file: HubFile, calibration: TextSource | None) -> tuple[list[dict[str, Any]], str | None]:
-    """Rows of a file on the hub; none, and the reason, if the hub does not give them and other text may be used."""
-    if calibration == BUNDLED:
-        return [], None
-    try:
-        return load_rows(file), None
-    except OSError as error:
-        if calibration != HUB:
-            return [], str(error)
-        raise OSError(
-            f"The hub does not give the default text ({error}), and you asked for no other; try again later, or "
-            f"give your own text or {BUNDLED!r} as calibration text."
-        ) from None
-
-
-def _mmlu_samples(calibration: TextSource | None, samples_per_subject: int) -> CalibrationSamples:
-    rows, _ = _hub_rows(MMLU, calibration)
-    source = f"{MMLU.name}, validation split"
-    questions: dict[str, list[Question]] = {subject: [] for subject in SUBJECTS}
-    for row in rows:
-        questions[row["subject"]].append(Question(row["question"], tuple(row["choices"]), row["answer"]))
-    if not rows:
-        source, questions = f"{QUESTIONS} that lm-eval ships", fitting_questions()
+def _mmlu_samples(samples_per_subject: int) -> CalibrationSamples:
+    questions = fitting_questions()
     subject = min(questions, key=lambda subject: len(questions[subject]))
     if len(questions[subject]) < samples_per_subject:
         raise ValueError(
-            f"samples_per_subject={samples_per_subject}, but {source} has only {len(questions[subject])} questions on "
+            f"samples_per_subject={samples_per_subject}, but there are only {len(questions[subject])} questions on "
             f"{subject}; lower it, or give calibration= a file of your own."
         )
     labels = [subject for subject in SUBJECTS for _ in range(samples_per_subject)]
     texts = [format_question(question) for subject in SUBJECTS for question in questions[subject][:samples_per_subject]]
-    return CalibrationSamples(texts, source, labels)
+    return CalibrationSamples(texts, f"{QUESTIONS} that lm-eval ships", labels)
 
 
 def load_corpus(
@@ -189,34 +142,26 @@ def load_corpus(
     to_train: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Corpus:
-    """Running text from a user's or, with None, general text from the hub, or else a mixture of what is installed.
+    """Running text from a user's or, with None, the bundled mixture.
 
-    Because what narrow text does not touch is lost, other text stands beside it: the model writes a third of the
+    Because what narrow text does not touch is lost, other text stands beside a user's: the model writes a third of the
     tokens, and answered questions are a fifth. Text to train on has more questions, with explanations, and Python's
-    documentation, unless the text has it already. Arguments and errors are as of `load_calibration`, and:
+    documentation, unless the text has it already. The mixture is the first half of Python's documentation and, if
+    lm-eval is installed, one answered MMLU development question a subject (from 98,304 tokens on two); to train on,
+    source code too. Of it the model writes half, or a third to train on. Arguments and errors are as of
+    `load_calibration`, and:
 
     Parameters
     ----------
-    calibration
-        "hub": a thousand pages of FineWeb-Edu. "bundled": the first half of Python's documentation and, if lm-eval is
-        installed, one answered MMLU development question a subject (from 98,304 tokens on two); to train on, source
-        code too. Of that the model writes half, or a third to train on.
     max_tokens : int
         Tokens that are used at most. Of a text of more than 64 characters for each (8 to train on) 64 excerpts are
         taken, spread evenly over it.
     to_train : bool
         Whether a model is to be trained on the text, and not fitted to it.
     """
-    source = GENERAL.name
-    note = f"Calibrated on general text; {_OWN_TEXT} a better model"
-    if calibration is None or (isinstance(calibration, str) and calibration in (BUNDLED, HUB)):
-        rows, failure = _hub_rows(GENERAL, calibration)
-        if not rows:
-            return _mix_bundled(max_tokens, to_train, failure)
-        samples, _ = read_samples([row["text"] for row in rows], max_tokens, tokenizer)
-    else:
-        samples, source = read_samples(calibration, max_tokens, tokenizer)
-        note = ""
+    if calibration is None:
+        return _mix_bundled(max_tokens, to_train)
+    samples, source = read_samples(calibration, max_tokens, tokenizer)
     size = max_tokens
     if to_train:
         size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS)
@@ -228,18 +173,10 @@ def load_corpus(
         parts[DOCUMENTATION] = _excerpt_documentation(text, _DOCUMENTATION_CHARACTERS * max_tokens)
     limit = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MAX_QUESTION_CHARACTERS)
     parts[QUESTIONS] = _question_text(1, to_train)[: int(limit)]
-    return Corpus({name: part for name, part in parts.items() if part}, _WRITTEN_SHARE, note=note)
+    return Corpus({name: part for name, part in parts.items() if part}, _WRITTEN_SHARE)
 
 
-def _mix_bundled(max_tokens: int, to_train: bool, failure: str | None) -> Corpus:
-    """What is installed; `failure` says why the hub gave no text, if it was asked."""
-    note = f"Calibrated on the bundled mixture; {_OWN_TEXT} a better model"
-    if failure is not None:
-        note = (
-            f"Calibrated on installed text, as the hub gave none ({failure}): other kinds of text then have 1.1 to 1.4 "
-            f"times the perplexity that {_OWN_TEXT} them"
-        )
-        logger.warning_once(f"{note}.")
+def _mix_bundled(max_tokens: int, to_train: bool) -> Corpus:
     parts = {DOCUMENTATION: documentation_halves()[0]}
     if to_train:
         parts[SOURCE_CODE] = _source_code(max(1, max_tokens // 1024))
@@ -249,7 +186,7 @@ def _mix_bundled(max_tokens: int, to_train: bool, failure: str | None) -> Corpus
     if not parts:
         raise ValueError("There is no text: neither Python's documentation nor lm-eval is installed; give a file.")
     share = _WRITTEN_SHARE if to_train else _MIXTURE_SHARE
-    return Corpus(parts, share, is_bundled=True, note=note)
+    return Corpus(parts, share, is_bundled=True, note=_NOTE)
 
 
 def _source_code(count: int) -> str:

@@ -189,7 +189,6 @@ def test_mmlu_with_four_fusions(
     config = json.loads(results.read_text())["config"]
     fusion = config["fusion"]
     assert fusion["config"]["method"] == "neural_alignment" and fusion["config"]["sample_length"] == 16
-    # With neither a hub nor a file, calibration falls back to the questions that lm-eval ships.
     assert "lm-eval ships" in json.dumps(fusion["calibration"])
     assert fusion["layers"] == [6, 2] and config["model_num_parameters"] == fusion["parameters"][1]
 

@@ -135,25 +135,6 @@ def test_a_base_is_known_by_its_content(
     assert len({*keys, *others}) == 6
 
 
-@pytest.mark.parametrize("answers_first", [True, False])
-def test_a_sweep_keeps_to_its_text_when_the_hub_answers_otherwise(
-    answers_first: bool, run: Run, judged: list[Any], tmp_path: Path, hub_answers: Callable[[bool], None]
-) -> None:
-    def points(answers: bool, *levels: int) -> list[Point]:
-        hub_answers(answers)
-        settings = SETTINGS | {"perplexity_tokens": 0, "calibration_length": 64}
-        return run(tmp_path / "out", methods=["refit"], num_fusions=levels, calibration=None, settings=settings)
-
-    first = points(answers_first, 1)
-    if answers_first:
-        with pytest.raises(OSError, match="The hub does not give the default text"):
-            points(False, 1, 2)
-        assert len(judged) == 2
-    else:
-        again = points(True, 1, 2)
-        assert len(judged) == 3 and again[:2] == first and again[2].calibration == first[1].calibration
-
-
 def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.txt"):
         run(tmp_path / "out", calibration="none.txt")

@@ -47,7 +47,6 @@ from lf_hf.report.report import CHANGED_NOTE
 from lf_hf.runtime.amounts import WRITTEN_LENGTH, WRITTEN_TOGETHER
 from lf_hf.text.calibration import DOCUMENTATION, QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
-from lf_hf.text.hub import GENERAL
 from lf_hf.text.packing import pack_tokens
 
 TEXTS = make_texts(1200, seed=5)
@@ -184,7 +183,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert 0.6 * float(said) < 4 / 3 * size < float(said) + 0.05
     for changes, message in (
         ({"learning_rate": 1e-3}, r"cut short, of another healing \(learning_rate=0.003 instead of 0.001\)"),
-        ({"text": "bundled"}, r"of another healing \(.* text"),
+        ({"text": None}, r"of another healing \(.* text"),
     ):
         with pytest.raises(ValueError, match=message):
             heal(out=killed, **changes)
@@ -490,29 +489,6 @@ def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
     report = fuse("out")
     assert "Going on from" in caplog.text and not changed(tmp_path / "out", tmp_path / "whole")
     assert report.settings == whole.settings and not (tmp_path / "out" / WORK).exists()
-
-
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_healing_that_is_cut_short_goes_on_with_its_default_text(
-    base: str, tmp_path: Path, hub_answers: Callable[[bool], None], caplog: pytest.LogCaptureFixture, kept: bool
-) -> None:
-    """Although the hub, which did not answer then, does so now."""
-    given = QUICK | {"method": "refit", "selection": "last", "calibration_tokens": 1024, "calibration_length": 64}
-
-    def fuse() -> None:
-        if kept:
-            lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "out", **given, heal_tokens=4096)
-        else:
-            lf_hf.fuse_checkpoint(base, tmp_path / "out", **given, heal_tokens=4096)
-
-    hub_answers(False)
-    with cut_short():
-        fuse()
-    hub_answers(True)
-    fuse()
-    report: Any = FusionReport.load(tmp_path / "out")
-    assert "Going on from" in caplog.text
-    assert not any(GENERAL.name in info.source for info in report.healed.text)
 
 
 SEQUENCES, TOKENS, HIDDEN, VOCAB = 2, 7, 5, 11

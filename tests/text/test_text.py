@@ -1,21 +1,16 @@
-"""Text of a user is the same in any form of file, and bad text gets one sentence; other text is bundled or a hub's."""
+"""Text of a user is the same in any form of file, and bad text gets one sentence; other text is bundled."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-import io
 import itertools
 import json
 import re
 import sys
-import threading
-import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -37,11 +32,8 @@ from lf_hf.report.data import Continuation
 from lf_hf.report.notes import damage_notes
 from lf_hf.runtime.tasks import SUBJECTS
 from lf_hf.settings import FusionConfig
-from lf_hf.text import hub
 from lf_hf.text.calibration import (
-    BUNDLED,
     DOCUMENTATION,
-    HUB,
     MAX_SAMPLES,
     QUESTIONS,
     SOURCE_CODE,
@@ -50,7 +42,6 @@ from lf_hf.text.calibration import (
     documentation_halves,
     load_calibration,
     load_corpus,
-    load_training_text,
 )
 from lf_hf.text.chats import CHATS, Chat, chat_form, chat_text
 from lf_hf.text.judging import QUESTION, JudgingText, judging_sequences, judging_texts, relation
@@ -332,7 +323,10 @@ def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Pa
         given = tmp_path / "chats.parquet"
     expected += ["plain text\n"] * (kind == "jsonl")
     assert load_calibration([*given, []] if kind == "list" else given, tokenizer=tokenizer).texts == expected
-    for corpus in (load_corpus(given, tokenizer=tokenizer), load_training_text(given, 4096, tokenizer)):
+    for corpus in (
+        load_corpus(given, tokenizer=tokenizer),
+        load_corpus(given, max_tokens=4096, to_train=True, tokenizer=tokenizer),
+    ):
         assert next(iter(corpus.parts.values())) == "\n".join(expected)
 
 
@@ -395,7 +389,9 @@ def test_default_samples_are_the_first_question_of_each_subject_without_its_answ
 
 
 def test_training_has_every_question_but_those_of_the_sample_and_says_why_answers_are_right() -> None:
-    fitted, trained = (corpus.parts[QUESTIONS] for corpus in (load_corpus(), load_training_text(None, 8192)))
+    fitted, trained = (
+        corpus.parts[QUESTIONS] for corpus in (load_corpus(), load_corpus(None, max_tokens=8192, to_train=True))
+    )
     more = load_corpus(max_tokens=131072).parts[QUESTIONS]  # has two of each subject
     for first, *others, last in bundled_questions().values():
         if len(last.choices) > 4:
@@ -409,7 +405,10 @@ def test_training_has_every_question_but_those_of_the_sample_and_says_why_answer
 
 @pytest.mark.parametrize(("length", "tokens"), [(2_000_000, 131072), (8000, 8192), (2_000_000, 6800), (10, 131072)])
 def test_questions_and_documentation_stand_beside_a_users_text_as_smaller_parts(length: int, tokens: int) -> None:
-    fitted, trained = load_corpus(["a" * length], max_tokens=tokens), load_training_text(["a" * length], tokens)
+    fitted, trained = (
+        load_corpus(["a" * length], max_tokens=tokens),
+        load_corpus(["a" * length], max_tokens=tokens, to_train=True),
+    )
     assert [*fitted.parts][1:] == [QUESTIONS] and [*trained.parts][1:] == [DOCUMENTATION, QUESTIONS]
     assert fitted.full_source.endswith(f"{QUESTIONS}, text by the model itself")
     for text, *_, questions in (fitted.parts.values(), trained.parts.values()):
@@ -424,7 +423,10 @@ def test_questions_and_documentation_stand_beside_a_users_text_as_smaller_parts(
 
 
 def test_documentation_goes_beside_no_text_of_its_own_kind_and_programs_beside_the_default() -> None:
-    own, ours = load_training_text([documentation_halves()[0]], 131072), load_training_text(None, 8192)
+    own, ours = (
+        load_corpus([documentation_halves()[0]], max_tokens=131072, to_train=True),
+        load_corpus(None, max_tokens=8192, to_train=True),
+    )
     assert [*own.parts][1:] == [QUESTIONS] and "\nimport " in ours.parts[SOURCE_CODE] and ours.generated_share == 1 / 3
 
 
@@ -433,7 +435,7 @@ def test_text_serves_without_what_is_not_installed(missing: str, monkeypatch: py
     monkeypatch.setitem(sys.modules, missing, None)
     there, gone = (DOCUMENTATION, QUESTIONS) if missing == "lm_eval" else (QUESTIONS, DOCUMENTATION)
     assert [*load_corpus().parts] == [there]
-    users = load_training_text(["a" * 10_000], 8192)
+    users = load_corpus(["a" * 10_000], max_tokens=8192, to_train=True)
     assert there in users.full_source and gone not in users.full_source
 
 
@@ -492,7 +494,7 @@ def test_two_kinds_of_text_enough_of_each_share_no_paragraph_with_default_text_o
 def test_relation_says_what_was_fitted(judging: JudgingText) -> None:
     own = " ".join(make_texts(400))
     assert relation(judging, []) == relation(judging, [own], ["my text"]) == "unseen"
-    corpora = load_corpus(), load_training_text([own], 8192)
+    corpora = load_corpus(), load_corpus([own], max_tokens=8192, to_train=True)
     relations = {relation(judging, corpus.parts.values(), corpus.parts) for corpus in corpora}
     assert relations == {"kin" if judging is DOCS else "unseen"}
     half = judging.text[len(judging.text) // 4 : len(judging.text) * 3 // 4]
@@ -555,116 +557,3 @@ def test_the_original_release_is_read_and_anything_else_refused(tmp_path: Path) 
             read_csv_questions(tmp_path, "dev", "anatomy")
     with pytest.raises(ValueError, match=r"original MMLU release.* test/anatomy_test.csv cannot be read"):
         read_csv_questions(tmp_path, "test", "anatomy")
-
-
-def table(**columns: object) -> bytes:
-    content = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), content, row_group_size=300)
-    return content.getvalue()
-
-
-COUNT = 57 * 2
-FILES = {
-    hub.GENERAL.path: table(id=range(3000), text=[f"page {n} {text}" for n, text in enumerate(make_texts(3000))]),
-    hub.MMLU.path: table(
-        question=[f"asked {n}" for n in range(COUNT)],
-        subject=[*SUBJECTS] * 2,
-        choices=[["a", "b", "c", "d"]] * COUNT,
-        answer=[1] * COUNT,
-    ),
-}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of a server, for two files, or something else."""
-
-    manner, released = "good", threading.Event()
-    requests = 0
-
-    def do_GET(self) -> None:
-        type(self).requests += 1
-        body, status, file = b"<html>Please log in</html>", 200, FILES.get(self.path.split("/", 6)[-1], b"")
-        if self.manner == "hangs":
-            self.released.wait()
-        elif self.manner == "good" and file:
-            first, last = (int(place) for place in self.headers["range"].removeprefix("bytes=").split("-"))
-            body, status = file[first : last + 1], 206
-        elif self.manner == "good":
-            files = [{"type": "file", "path": path, "size": len(file), "oid": "0"} for path, file in FILES.items()]
-            of_set = {"id": "a/b", "sha": self.path.split("/")[-1]}
-            body = json.dumps(files if "/tree/" in self.path else of_set).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        with suppress(OSError):  # of whom no longer listens
-            for byte in [body] if self.manner != "trickles" else [b" "] * len(body):
-                self.wfile.write(byte)
-                time.sleep(0.2 if self.manner == "trickles" else 0)
-
-    do_POST = do_HEAD = do_GET
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
-    class Own(Hub):
-        released = threading.Event()
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr(hub, "failure", None)
-    yield Own
-    Own.released.set()
-    server.shutdown()
-
-
-def test_general_text_and_questions_come_from_the_hub_once(online: type[Hub]) -> None:
-    fitted, trained, calibration = load_corpus(max_tokens=4096), load_training_text(None, 131072), load_calibration()
-    asked = online.requests
-    assert asked and not fitted.is_bundled and "general text" in fitted.note
-    general = "HuggingFaceFW/fineweb-edu at 87f09149"
-    assert [*fitted.parts] == [general, QUESTIONS] and [*trained.parts] == [general, DOCUMENTATION, QUESTIONS]
-    for text in (fitted.parts[general], trained.parts[general]):
-        assert text.startswith("page 0 ") and "page 999 " in text and "page 1000 " not in text
-    assert calibration.source == "cais/mmlu at c30699e8, validation split" and calibration.labels == list(SUBJECTS)
-    assert calibration.texts[1] == "asked 1\nA. a\nB. b\nC. c\nD. d\nAnswer:"
-    online.manner = "garbage"  # what was read is in the cache
-    assert load_corpus(max_tokens=4096) == fitted and load_calibration() == calibration
-    assert online.requests == asked
-    assert load_corpus(HUB, max_tokens=4096) == fitted and load_calibration(HUB) == calibration
-    bundled = load_corpus(BUNDLED), load_calibration(BUNDLED)
-    assert [*bundled[0].parts] == [DOCUMENTATION, QUESTIONS] and "lm-eval" in bundled[1].source
-
-
-@pytest.mark.parametrize("manner", ["hangs", "trickles", "garbage", "refuses", "chatty"])
-def test_a_hub_that_does_not_answer_as_it_should_costs_ten_seconds_at_most(
-    manner: str, online: type[Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert hub.PATIENCE == 10
-    monkeypatch.setattr(hub, "PATIENCE", 2.0)
-    if manner == "refuses":
-        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    elif manner == "chatty":  # a Python that says something wherever it starts
-        (tmp_path / "sitecustomize.py").write_text("print('hello')")
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    else:
-        online.manner = manner
-    corpora = [load_corpus()]
-    asked = online.requests
-    corpora += [load_corpus(), load_training_text(None, 8192)]
-    samples = load_calibration()
-    assert all({DOCUMENTATION, QUESTIONS} <= corpus.parts.keys() and corpus.is_bundled for corpus in corpora)
-    assert "lm-eval" in samples.source and samples == load_calibration(BUNDLED)
-    assert online.requests == asked and not list((tmp_path / "assets").rglob("*.json"))
-    for load in (load_corpus, load_calibration):
-        with pytest.raises(OSError, match=r"hub does not give the default text .* 'bundled' as calibration text"):
-            load(HUB)
-    assert "as the hub gave none (" in corpora[0].note and "1.1 to 1.4 times the perplexity" in corpora[0].note
