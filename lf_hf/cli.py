@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -116,16 +116,6 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _gone(name: str, why: str) -> Callable[[Any], Any]:
-    """An option of an earlier version, which says why it is not there any more."""
-
-    def refuse(_: click.Context, __: click.Parameter, value: str | None) -> None:
-        if value is not None:
-            raise click.UsageError(f"{name} is gone, as {why}; leave it out.")
-
-    return click.option(name, hidden=True, expose_value=False, callback=refuse)
-
-
 _LIST: dict[str, Any] = {"metavar": "A,B,...", "type": _names}
 _BASE = click.argument("base")
 _CALIBRATION = click.option(
@@ -204,8 +194,6 @@ def fuse(base: str, out: str, dry_run: bool, **given: Any) -> None:
     "--base", metavar="BASE", help="The model that was fused.  [default: FUSED names it, if it is on the hub]"
 )
 @click.option("--text", metavar="FILE", help="Text to heal on, as fuse --calibration.  [default: bundled text]")
-@_gone("--cache", "the base's states lie in OUT until the healing is done")
-@_gone("--top-k", "healing compares all predictions")
 @click.option("--arg", metavar="NAME=VALUE", multiple=True, help="A field of TrainingArguments; may be repeated.")
 @_HUB
 @_MAX_MEMORY
@@ -259,7 +247,6 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
 )
 @click.option("--metadata", metavar="JSON", type=_json_object, help='For the tasks, such as {"mmlu_dir": "DIR"}.')
 @_CALIBRATION
-@_gone("--heal-cache", "a sweep measures BASE once for all points")
 @_LOADING
 @setting_options(FusionConfig, *_MECHANICS)
 def sweep(base: str, out: str, **given: Any) -> None:

@@ -193,9 +193,6 @@ sys.meta_path.insert(0, Interrupt())"""
     assert (*process.communicate(), process.returncode) == ("", "lf-hf: interrupted.\n", 130)
 
 
-TAKEN = FusionConfig.taken_from
-
-
 def test_defaults_are_the_published_hyper_parameters() -> None:
     config = FusionConfig(num_fusions=4)
     assert config.method == "neural_alignment"
@@ -268,10 +265,12 @@ def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:
     assert HealSettings.from_kwargs(train="lora", tokens="2048") == HealSettings(train="lora", tokens=2048)
 
 
-def test_a_field_given_over_settings_brings_its_method_and_level() -> None:
-    config = FusionConfig(num_fusions=1, ridge=0.2)
-    assert TAKEN({"method": "refit"}, config) == FusionConfig(1, "refit", ridge=0.2)
-    assert TAKEN({"max_divergence": 0.1}, config) == FusionConfig(max_divergence=0.1, ridge=0.2)
+def test_a_field_given_over_settings_brings_its_method_and_level_and_none_is_not_given() -> None:
+    taken, config = FusionConfig.taken_from, FusionConfig(num_fusions=1, ridge=0.2)
+    assert taken({"method": "refit"}, config) == FusionConfig(1, "refit", ridge=0.2)
+    assert taken({"max_divergence": 0.1}, config) == FusionConfig(max_divergence=0.1, ridge=0.2)
     chosen = FusionConfig(num_fusions=1, selection="least_influence")
-    assert TAKEN({"method": "refit", "ridge": "0.2"}, chosen).selection == "least_influence"
-    assert HealSettings.taken_from({"train": "lora"}, HealSettings(learning_rate=0.1)).learning_rate == 0.1
+    assert taken({"method": "refit", "ridge": "0.2"}, chosen).selection == "least_influence"
+    assert taken({"num_fusions": None, "ridge": None}, config) == config
+    given = HealSettings(learning_rate=0.1)
+    assert HealSettings.taken_from({"train": "lora", "learning_rate": None}, given).learning_rate == 0.1

@@ -70,9 +70,7 @@ def _metadata(report: FusionReport, config: PretrainedConfig) -> ModelCardData:
 
 def _commands(report: FusionReport) -> str:
     """The commands that make the model again, with the settings that are no defaults."""
-    defaults: dict[str, Any] = {}
-    with suppress(ValueError):  # of another version, whose defaults are not known
-        defaults = FusionConfig.from_kwargs(num_fusions=1, method=report.config["method"]).to_dict()
+    defaults = FusionConfig(1, report.config["method"]).to_dict()
     always = ("method", "num_fusions")
     settings = report.settings.items()
     options = {name: value for name, value in settings if name in always or (name, value) not in defaults.items()}

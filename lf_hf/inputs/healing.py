@@ -78,8 +78,6 @@ class HealInputs:
         settings = HealSettings.taken_from(hub, settings)
         if not isinstance(fused, str | os.PathLike):
             raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
-        if gone := {"cache", "top_k"} & hub.keys():
-            raise ValueError(f"{min(gone)} is gone, as healing compares all predictions of the base; leave it out.")
         folder = checked_folder(fused)
         config = plain_config(read_config(str(folder), {}))
         report = FusionReport.load(folder)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import platform
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -93,11 +92,9 @@ class FusionReport:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that had an effect; all of them where this version does not know them."""
-        with suppress(ValueError):
-            in_effect = FusionConfig.from_kwargs(**self.config).in_effect()
-            return {name: value for name, value in self.config.items() if name in in_effect}
-        return self.config
+        """The settings that had an effect."""
+        in_effect = FusionConfig.from_kwargs(**self.config).in_effect()
+        return {name: value for name, value in self.config.items() if name in in_effect}
 
     def for_weights(self, digest: str | None) -> FusionReport:
         """The report of a model with these weights: with a note if they are not those that were fused."""
@@ -194,8 +191,6 @@ class FusionReport:
     @classmethod
     def from_dict(cls, values: Any, name: str = "This") -> FusionReport:
         """The report that `to_dict` wrote. Raises ValueError, with `name`, for anything else."""
-        if isinstance(values, dict) and "steps" in values and "fused_layers" not in values:
-            raise ValueError(f"{name} was written by an earlier version of lf_hf; fuse the base again.")
         with explained(f"{name} is no fusion report", "save the model again", ValueError):
             report = TypeAdapter(cls).validate_python(values)
             if not 2 <= report.layers_before <= MOST_LAYERS:
@@ -203,6 +198,7 @@ class FusionReport:
             try:
                 remaining = len(report.groups)
                 report.summary()
+                _ = report.settings
             except Exception as error:  # as after editing by hand
                 raise ValueError(f"its parts do not fit together: {error!r:.200}") from None
             if remaining != report.layers_after:

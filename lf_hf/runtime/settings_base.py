@@ -118,7 +118,8 @@ class Settings:
             raise ValueError(
                 f"The settings must be a {cls.__name__}, got {settings!r:.80}; give its fields as keyword arguments."
             )
-        given = {name: kwargs.pop(name) for name in cls.known if name in kwargs}
+        taken = {name: kwargs.pop(name) for name in cls.known if name in kwargs}
+        given = {name: value for name, value in taken.items() if value is not None}
         names = (*cls.known, *cls.given_beside)
         for name in kwargs.keys() - {"token", *cls.given_beside}:  # the hub's token is no misspelt `tokens`
             if difflib.get_close_matches(name, names, n=1, cutoff=0.75):
@@ -129,7 +130,7 @@ class Settings:
         for name, value in settings._preset().items():
             if kept[name] == value:  # another preset may follow from what is given
                 del kept[name]
-        if any(given.get(name) is not None for name in cls.one_of):
+        if given.keys() & set(cls.one_of):
             kept |= dict.fromkeys(cls.one_of)
         return cls(**kept | given)
 
