@@ -189,6 +189,11 @@ class FusionConfig(Settings):
         """Whether a budget says how many layers are fused."""
         return self.max_divergence is not None or self.max_perplexity_ratio is not None
 
+    @property
+    def least_fusions(self) -> int:
+        """How many fusions there are, or, where a budget says how many, one."""
+        return self.num_fusions or 1
+
     def without_effect(self, calibration: object) -> list[str]:
         """Names of what was set to no use, with this calibration text or None."""
         usual = FusionConfig(1, self.method, heal_tokens=self.heal_tokens)  # of which 0 has an effect

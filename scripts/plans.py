@@ -13,8 +13,9 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from lf_hf import FusionConfig
 from lf_hf.inputs.fusion import for_model
+from lf_hf.inputs.phases import plan_phases
 from lf_hf.plan.machine import Machine
-from lf_hf.plan.plan import NoRoom, plan
+from lf_hf.plan.plan import NoRoom
 from lf_hf.runtime.memory import in_gib
 
 GIB, GB = 1 << 30, 10**9
@@ -63,7 +64,7 @@ def row(config: PreTrainedConfig, fusions: int, method: str, machine: Machine) -
     """The columns of one plan."""
     fusion = for_model(FusionConfig(fusions, method), config)
     try:
-        made = plan(config, torch.bfloat16, fusion, machine, healing=fusion.healing)
+        made = plan_phases(config, torch.bfloat16, fusion, machine, healing=fusion.healing)
     except NoRoom as error:
         return f"refused: {error} | | |"
     trains = made.healing.why.split(" parameters")[0] if made.healing else "nothing"

@@ -75,7 +75,7 @@ def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: 
 def test_a_long_run_says_when_it_begins_how_long_it_takes(
     run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lf_hf.inputs.planning.plan", lambda *a, **k: replace(plan(*a, **k), minutes={"make": 1.26}))
+    monkeypatch.setattr("lf_hf.inputs.phases.plan", lambda *a, **k: replace(plan(*a, **k), minutes={"make": 1.26}))
     options = "--num-fusions 1 --method truncate --perplexity-tokens 0".split()
     code, *_ = run("fuse", base, tmp_path / "out", *options)
     assert code == 0 and "Plan: minutes, about: make 1.3; in all 1.3." in caplog.text

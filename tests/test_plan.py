@@ -21,8 +21,9 @@ from lf_hf import FusionConfig, HealSettings, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.inputs.dry_run import DryRun
+from lf_hf.inputs.phases import plan_phases
 from lf_hf.plan.machine import Machine, read_max_memory
-from lf_hf.plan.plan import NoRoom, Plan, plan
+from lf_hf.plan.plan import NoRoom, Plan
 from lf_hf.plan.probe import probe
 from lf_hf.runtime import memory
 from lf_hf.runtime.memory import in_gib
@@ -194,7 +195,7 @@ def machine(card: float = 0, memory: float = 64) -> Machine:
 def planned(on: Machine, method: str = "refit", **arguments: Any) -> Plan:
     healing = HEALING if method == "healed" else None
     config = FusionConfig(4, method, calibration_tokens=TOKENS)
-    return plan(WIDE, torch.bfloat16, config, on, **{"healing": healing, **arguments})
+    return plan_phases(WIDE, torch.bfloat16, config, on, **{"healing": healing, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -263,6 +264,24 @@ def test_a_tiny_model_does_with_the_least_that_is_named(base: str, tmp_path: Pat
     fuse_checkpoint(base, tmp_path, max_memory={"cpu": refused.value.needed}, **given)
 
 
+def test_a_limit_leaves_the_groups_as_they_are() -> None:
+    """So the same are fused: it is refused where they do not fit, with the least that would do."""
+    free = machine(memory=64)
+    limited = replace(free, free={"cpu": 4 * GIB}, unlimited=64 * GIB)
+    with pytest.raises(NoRoom) as refused:
+        planned(limited)
+    enough = planned(replace(limited, free={"cpu": refused.value.needed}))
+    assert enough.longest == planned(free).longest and enough.peak["cpu"] <= refused.value.needed
+
+
+def test_groups_are_as_long_as_so_many_fusions_need() -> None:
+    config = FusionConfig(26, "refit", calibration_tokens=TOKENS)
+    with pytest.raises(NoRoom) as refused:
+        plan_phases(WIDE, torch.bfloat16, config, machine(24))
+    enough = machine(refused.value.needed / GIB)
+    assert plan_phases(WIDE, torch.bfloat16, config, enough).longest == 8  # 30 layers become 4
+
+
 @pytest.mark.parametrize("where", ["measure", "heal_fused"])
 def test_memory_that_runs_out_all_the_same_is_said_with_what_to_plan_with(
     where: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,7 +298,7 @@ def test_memory_that_runs_out_all_the_same_is_said_with_what_to_plan_with(
 def test_long_groups_are_left_out_where_only_shorter_ones_fit() -> None:
     wide = LlamaConfig(**SHAPE | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64})
     config = FusionConfig(8, "refit", calibration_tokens=TOKENS)
-    longest = [plan(wide, torch.bfloat16, config, machine(card)).longest for card in (160, 80, 62)]
+    longest = [plan_phases(wide, torch.bfloat16, config, machine(card)).longest for card in (160, 80, 62)]
     assert longest[0] == 6 and longest == sorted(longest, reverse=True) and longest[2] < longest[0]
 
 
@@ -288,7 +307,7 @@ def test_more_takes_no_less(more: dict[str, Any]) -> None:
     rates = dict.fromkeys(("layer", "head", "product", "solve", "logits", "calls", "bytes"), 1e12)
     one: dict[str, Any] = {"num_fusions": 4, "method": "refit", "calibration_tokens": TOKENS}
     less, much = (
-        plan(WIDE, torch.bfloat16, FusionConfig(**arguments), machine(80), rates=lambda: rates)
+        plan_phases(WIDE, torch.bfloat16, FusionConfig(**arguments), machine(80), rates=lambda: rates)
         for arguments in (one, one | more)
     )
     assert less.minutes and much.minutes and sum(less.minutes.values()) < sum(much.minutes.values())
@@ -356,6 +375,6 @@ def test_a_probe_gives_minutes() -> None:
     rates = probe(device, torch.float32, config)
     assert min(rates.values()) > 0
     fusion = FusionConfig(2, "healed", calibration_tokens=TOKENS)
-    made = plan(WIDE, torch.float32, fusion, machine(160), healing=HEALING, rates=lambda: rates)
-    assert made.minutes and list(made.minutes) == ["measure", "choose", "make", "heal", "judge"]
+    made = plan_phases(WIDE, torch.float32, fusion, machine(160), healing=HEALING, rates=lambda: rates)
+    assert made.minutes and list(made.minutes) == ["measure", "choose", "make", "teach", "heal", "judge"]
     assert min(made.minutes.values()) > 0 and made.lines()[-1].startswith("minutes, about: measure ")

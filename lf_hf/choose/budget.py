@@ -14,6 +14,7 @@ from lf_hf.families.models import free_layers
 from lf_hf.measure.dense import Measurements
 from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.report.data import BudgetInfo, BudgetTrial
+from lf_hf.runtime.amounts import most_fusions
 from lf_hf.runtime.errors import reason
 from lf_hf.settings import LEVELS, FusionConfig
 
@@ -68,7 +69,8 @@ def search_budget(
         return BudgetTrial(count, figures.divergence, figures.ratio), (copy, fused)
 
     free, _ = free_layers(decoder.model_config, config.selection)
-    (copy, fused), trials = search(name, allowed, len(free) - 1, attempt)
+    most = most_fusions(len(free), decoder.longest_group if config.selection == "groups" else len(free))
+    (copy, fused), trials = search(name, allowed, most, attempt)
     budget = BudgetInfo(name, allowed, num_tokens, trials)
     return copy, fused, budget, measured
 

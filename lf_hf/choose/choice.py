@@ -5,20 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
 
-from lf_hf.choose.costs import GroupCosts, split_text
+from lf_hf.choose.costs import GroupCosts, num_pieces, split_text
 from lf_hf.choose.sets import estimate_costs, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
+from lf_hf.decoder.demand import Need, Setup, times
 from lf_hf.decoder.hidden_states import cosine_sums, influences
 from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
+from lf_hf.measure.predictions import logits_bytes
+from lf_hf.refit.fit import fitting
 from lf_hf.refit.states import run_boundaries
-from lf_hf.runtime.amounts import SHORT, num_rough_tokens, num_trials
+from lf_hf.runtime.amounts import (
+    JUDGED_AT_ONCE,
+    JUDGING_LENGTH,
+    JUDGING_PART,
+    SHORT,
+    judged_stride,
+    num_rough_tokens,
+    num_trials,
+)
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
+from lf_hf.text.calibration import MIXTURE_SHARE
 
 _INFLUENCE_TOKENS = 8192  # calibration tokens that influences are measured on
 _AHEAD = 3  # likely sets whose groups are measured in one pass through the layers
@@ -127,14 +140,56 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
 
 def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> Groups | None:
     """The set to try next, with the costs of its groups measured; None if no set is left."""
-    inner = len(costs.decoder.inner_layers)
-    longest = max(
-        costs.decoder.longest_group, math.ceil(inner / (inner - num_fusions))
-    )  # more where so many have to go
     while True:
-        proposed = propose_sets(estimate_costs(costs.by_group, longest), trials, num_fusions, count=_AHEAD)
+        expected = estimate_costs(costs.by_group, costs.decoder.longest_group)
+        proposed = propose_sets(expected, trials, num_fusions, count=_AHEAD)
         if not proposed:
             return None
         if costs.by_group.keys() >= set(proposed[0]):
             return proposed[0]
         costs.measure({group for groups in proposed for group in groups} - costs.by_group.keys())
+
+
+def num_groups(config: FusionConfig) -> int:
+    """About how many groups there are: by cost few long ones are chosen, and by influence mostly pairs."""
+    a_group = {"last": config.least_fusions, "least_influence": 4 / 3, "groups": 5 / 2}  # layers that go in it
+    return max(1, round(config.least_fusions / a_group[config.selection]))
+
+
+def choosing(setup: Setup, config: FusionConfig) -> Need:
+    """What `choose` takes."""
+    if config.selection == "groups":
+        return _choosing_by_cost(setup, config)
+    tokens = min(_INFLUENCE_TOKENS, config.calibration_tokens) * (config.selection == "least_influence")
+    inside = setup.running(config.calibration_length, tokens)
+    return Need(inside, 2 * setup.states(tokens), setup.forward(tokens, setup.shape.layers))
+
+
+def _choosing_by_cost(setup: Setup, config: FusionConfig) -> Need:
+    shape, length, fusions, groups = setup.shape, config.calibration_length, config.least_fusions, num_groups(config)
+    fitted = min(num_rough_tokens(shape.mlp), config.calibration_tokens)
+    pieces = num_pieces(config.calibration_tokens * (1 - MIXTURE_SHARE), length)
+    judging = pieces * JUDGING_LENGTH  # of sets; a part of it judges groups
+    judging_groups = judging // JUDGING_PART + 2 * JUDGING_LENGTH  # by twos
+    # No more sets than there are ways to join so many layers, of which neither the first nor the last is one.
+    trials = min(num_trials(config.calibration_tokens), math.comb(shape.inner - 1, fusions))
+    short = sum(shape.inner - more for more in range(1, min(fusions, SHORT) + 1))
+    measured = short + trials  # and those of the sets, of which about one is new in each
+    stride = judged_stride(shape.vocab)
+    # Lists: at all boundaries, inside a group, of groups that are judged, and above those of sets.
+    lists = setup.states((shape.layers + 1) * (fitted + judging) + (2 * setup.longest + 3) * fitted)
+    lists += setup.states(measured * judging_groups + trials * groups * (fitted + judging))
+    fit = partial(fitting, setup, length, fitted, is_rough=True)
+    longest_fit, _ = fit(setup.longest)
+    # Sets are judged one by one, and some groups beside each other.
+    set_logits = logits_bytes(setup, setup.batch(JUDGING_LENGTH, judging) // stride, 2)
+    models = min(JUDGED_AT_ONCE, short) + 1
+    group_logits = logits_bytes(setup, setup.batch(JUDGING_LENGTH, judging_groups) // stride, models)
+    running = setup.running(length, max(fitted, pieces * min(length, JUDGING_LENGTH)))
+    work = setup.forward(fitted * 2 + judging, shape.layers)
+    # What a group gives runs through the layers above it, on average a half, and sets from their first group up.
+    work += setup.forward(measured * judging_groups, shape.layers // 2)
+    work += setup.forward(trials * (fitted + judging), shape.layers * 2 // 3)
+    work += setup.head((measured * judging_groups + trials * judging) // stride)
+    work += times(fit(2)[1], measured) + times(fit(1 + math.ceil(fusions / groups))[1], trials * groups)
+    return Need(running + max(longest_fit, set_logits, group_logits), lists, work)

@@ -25,6 +25,7 @@ from lf_hf.refit.states import States, keep, run_boundaries, run_states
 from lf_hf.refit.traces import trace
 from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
 from lf_hf.runtime.progress import progress
+from lf_hf.text.packing import OUT_OF_DOMAIN_TOKENS
 
 
 class GroupText(NamedTuple):
@@ -54,6 +55,12 @@ def split_text(calibration: CalibrationText, num_fitted: int) -> GroupText:
         judges_groups = number // 2 % JUDGING_PART == 0  # of neighbours one is a repeated half
         (text.judging_groups if judges_groups else text.judging_sets).append(piece)
     return text
+
+
+def num_pieces(given: float, length: int) -> int:
+    """How many pieces judge, at most, where so many tokens are given in sequences of `length`: half of these, and those
+    of two other kinds of text."""
+    return min(JUDGING_PIECES, int(given) // length // 2) + 2 * OUT_OF_DOMAIN_TOKENS // JUDGING_LENGTH
 
 
 _Traced = tuple[DecoderLayer, States]

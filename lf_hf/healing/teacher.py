@@ -21,13 +21,15 @@ from torch.utils.data import Dataset, StackDataset
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.demand import Need, Setup
 from lf_hf.healing.text import healing_text
-from lf_hf.measure.generating import text_writer
+from lf_hf.measure.generating import text_writer, writing
 from lf_hf.measure.judge import Judged
 from lf_hf.measure.predictions import final_states
+from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
 from lf_hf.runtime.launch import Processes
 from lf_hf.settings import HealSettings
-from lf_hf.text.calibration import Corpus
+from lf_hf.text.calibration import WRITTEN_SHARE, Corpus
 
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden)."""
@@ -188,3 +190,10 @@ def _load(file: Path) -> Any:
             return opened.get_tensor(entry[_TENSOR]) if entry.keys() == {_TENSOR} else entry
 
         return json.loads(opened.metadata()[_FACTS], object_hook=with_tensors)
+
+
+def teaching(setup: Setup, settings: HealSettings) -> Need:
+    """What `write_teacher` takes: text that the base writes, and all of it through the layers."""
+    written = writing(setup, settings.tokens * WRITTEN_SHARE)
+    inside = max(written.inside, setup.running(PERPLEXITY_LENGTH, settings.tokens))
+    return Need(inside, 0, written.work + setup.forward(settings.tokens, setup.shape.layers))

@@ -23,7 +23,7 @@ from lf_hf.healing.result import repeats_note
 from lf_hf.healing.text import expected_epochs
 from lf_hf.inputs.resuming import holds_fused
 from lf_hf.plan.machine import Machine, devices_of
-from lf_hf.plan.plan import Plan, plan
+from lf_hf.plan.plan import Plan
 from lf_hf.plan.probe import probe
 from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import local_processes
@@ -80,7 +80,9 @@ def plan_run(
             healing = replace(healing, train=begun["train"])
             otherwise = f"remove {str(target / WORK)!r} to begin anew"
     place = next(place for place in (target, *target.parents) if place.is_dir())
-    planned = plan(
+    from lf_hf.inputs.phases import plan_phases  # imports scipy, which opening does not need
+
+    planned = plan_phases(
         base.config,
         dtype,
         config,

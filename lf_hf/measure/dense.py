@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder, Group
+from lf_hf.decoder.demand import Need, Setup, Work
 from lf_hf.measure.check import check_model
-from lf_hf.measure.generating import text_writer
-from lf_hf.measure.judge import Judged, judge_dense, write_continuations
+from lf_hf.measure.generating import text_writer, writing
+from lf_hf.measure.judge import Judged, judge_dense, judging_dense, write_continuations
 from lf_hf.report.data import CalibrationInfo, MadeLayer
-from lf_hf.runtime.amounts import JUDGING_LENGTH, WRITTEN_LENGTH
+from lf_hf.runtime.amounts import JUDGING_LENGTH, PERPLEXITY_LENGTH, WRITTEN_LENGTH
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.memory import give_back_freed
 from lf_hf.runtime.numerics import weights_digest
@@ -27,12 +28,14 @@ from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.averaging import AverageKey
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
-from lf_hf.text.calibration import CalibrationSamples, Corpus
+from lf_hf.text.calibration import MIXTURE_SHARE, CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.judging import nearest, relations_to
 from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, split_held_out, tokenize_samples
 
 logger = logging.get_logger(__name__)
+
+_SAMPLES, _SAMPLE_LENGTH = 57, 128  # a question of each MMLU subject, and about how many tokens it has
 
 
 class Similarity(NamedTuple):
@@ -216,3 +219,13 @@ def tokenize_corpus(
     info = CalibrationInfo(source, len(given) + len(written), sum(map(len, [*given, *written])))
     notes = [f"{corpus.note}."] if corpus.note else []
     return CalibrationText(given, written, other, info, notes, relations_to(corpus.parts.values(), corpus.parts))
+
+
+def measuring(setup: Setup, config: FusionConfig) -> Need:
+    """What `measure` takes: judging, samples to compare layers on, and text that the model writes."""
+    judged = judging_dense(setup, config.perplexity_tokens)
+    samples = _SAMPLES * _SAMPLE_LENGTH * config.averages
+    written = writing(setup, config.calibration_tokens * MIXTURE_SHARE) if config.needs_text else Need(0, 0, Work())
+    inside = max(judged.inside, setup.running(PERPLEXITY_LENGTH, samples), written.inside)
+    work = judged.work + setup.forward(samples, setup.shape.layers) + written.work
+    return Need(inside, judged.lists + setup.states(2 * samples), work)

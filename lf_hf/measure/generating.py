@@ -6,6 +6,7 @@ Many sequences take a step together, so each layer is read once a step, which ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder, Head
-from lf_hf.runtime.amounts import WRITTEN_TOGETHER
+from lf_hf.decoder.demand import Need, Setup, Work, times
+from lf_hf.runtime.amounts import WRITTEN_LENGTH, WRITTEN_TOGETHER
 from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm, bos_prefix, chat_form, special_tokens
 
@@ -167,3 +169,27 @@ def _next_logits(decoder: Decoder, head: Head, cache: DynamicCache, tokens: Tens
     for layer in decoder.layers(range(decoder.num_layers)):
         states = layer(states, **decoder.layer_inputs(states, layer, past), **cached)
     return head(states)[:, 0]
+
+
+def writing(setup: Setup, tokens: float) -> Need:
+    """What it takes to write so many tokens by `generate`."""
+    rows = int(tokens) // WRITTEN_LENGTH
+    together = _written(setup, min(rows, WRITTEN_TOGETHER), WRITTEN_LENGTH)
+    return replace(together, work=times(together.work, max(1, rows / WRITTEN_TOGETHER)))
+
+
+def continuing(setup: Setup, prompts: int, steps: int) -> Work:
+    """Of what a model adds to some prompts, which it does where no weights lie on a disk."""
+    return Work() if setup.on_disk else _written(setup, prompts, steps).work
+
+
+def _written(setup: Setup, rows: int, steps: int) -> Need:
+    """Of text that a model writes, `rows` sequences together: the cache, logits, and a softmax in float32."""
+    shape = setup.shape
+    of_layer = rows * steps * 2 * shape.keys * shape.size
+    cache = of_layer * (shape.layers + 1)  # one of them beside what it grows to
+    logits = rows * shape.vocab * (shape.size + 12 * setup.on_card)  # float32, softmax and its sums
+    work = setup.forward(rows * steps, shape.layers) + setup.head(rows * steps)
+    work += Work(calls=steps * shape.layers, bytes=of_layer * shape.layers * steps // 2)  # written anew each step
+    work += Work(bytes=steps * shape.bytes * setup.on_disk)  # read for each token
+    return Need(cache + logits, 0, work)

@@ -13,14 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.measure.generating import continue_prompts, end_ids
-from lf_hf.measure.predictions import final_states, predictions
+from lf_hf.decoder.demand import Need, Setup
+from lf_hf.measure.generating import continue_prompts, continuing, end_ids
+from lf_hf.measure.predictions import final_states, logits_bytes, predictions
 from lf_hf.report.data import Continuation, PerplexityInfo
 from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
 from lf_hf.text.chats import chat_form, chat_text
 from lf_hf.text.judging import PROMPTS, QUESTION, judging_sequences, judging_texts
 from lf_hf.text.packing import check_ids
 
+_TEXTS = 2  # that judge
 CONTINUED_LENGTH = 24  # tokens that are added to a prompt
 LONGEST_PROMPT = 1024  # tokens: a template with longer instructions would take all memory
 
@@ -116,3 +118,23 @@ def compare_continuations(
         return []
     fused = write_continuations(decoder, tokenizer)
     return [Continuation(prompt, text, fused[prompt]) for prompt, text in dense.items() if prompt in fused]
+
+
+def judging_dense(setup: Setup, tokens: int) -> Need:
+    """What it takes to judge the dense model on so many tokens of each text, and to have it continue prompts."""
+    return _judging(setup, tokens, setup.shape.layers, models=1)
+
+
+def judging(setup: Setup, tokens: int, fusions: int) -> Need:
+    """The same of the fused model, beside the dense one's final states."""
+    return _judging(setup, tokens, setup.shape.layers - fusions, models=2)
+
+
+def _judging(setup: Setup, tokens: int, layers: int, models: int) -> Need:
+    inside = setup.running(PERPLEXITY_LENGTH, tokens)
+    inside += logits_bytes(setup, setup.batch(PERPLEXITY_LENGTH, tokens), models)
+    judged = _TEXTS * tokens
+    work = setup.forward(judged, layers) + setup.head(judged, models)
+    if tokens:
+        work += continuing(setup, len(PROMPTS) + 1, CONTINUED_LENGTH)  # and a question
+    return Need(inside, models * setup.states(judged), work)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder, Head
+from lf_hf.decoder.demand import Setup
 from lf_hf.report.data import TextFigures
 from lf_hf.runtime.amounts import LOGITS
 from lf_hf.runtime.numerics import in_float64
@@ -146,3 +147,12 @@ def _means_over_tokens(parts: Sequence[Tensor]) -> list[float]:
         return []
     totals = torch.stack([in_float64(part).sum(-1) for part in parts]).sum(0)
     return [total / tokens for total in totals.tolist()]
+
+
+def logits_bytes(setup: Setup, tokens: int, models: int) -> int:
+    """Bytes of logits of some models, of at most so many tokens.
+
+    On a card each model also has float32 log-probabilities, and the one that is compared needs three more of these.
+    """
+    of_number = models * (setup.shape.size + 4 * setup.on_card) + 12 * setup.on_card
+    return min(LOGITS, tokens * setup.shape.vocab) * of_number

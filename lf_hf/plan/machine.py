@@ -25,12 +25,14 @@ class Machine:
     """What a run may use: bytes by place, and what computes, which is the first place.
 
     Places are "cuda:0" and the like, and "cpu". `bfloat16`: whether training computes in it. `is_here`: whether it is
-    this machine, whose rates can be measured.
+    this machine, whose rates can be measured. `unlimited` are the bytes that are free where layers compute, if a user
+    wants fewer to be used: with as many the same groups of layers are chosen.
     """
 
     free: Mapping[str, int]
     bfloat16: bool
     is_here: bool = True
+    unlimited: int = 0
     processes: int = 1  # that share a step of a training
     shards: int = 1  # of these, how many share the weights of what trains
 
@@ -74,7 +76,8 @@ class Machine:
         processes = Processes.of_launch()
         sizes = processes.all_gather_object([named[place] for place in in_order])
         least = map(min, zip(*(other for other in sizes if len(other) == len(in_order)), strict=True))
-        return cls(dict(zip(in_order, least, strict=True)), bfloat16, is_here, processes.world_size)
+        unlimited = free.get(in_order[0], 0)
+        return cls(dict(zip(in_order, least, strict=True)), bfloat16, is_here, unlimited, processes.world_size)
 
 
 def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int]:

@@ -9,26 +9,29 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import product
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from accelerate import infer_auto_device_map
 from transformers import PreTrainedConfig
 
+from lf_hf.decoder.demand import Need, Setup, Work, times
 from lf_hf.families.models import model_class, text_model, text_prefix
+from lf_hf.families.shape import Shape
 from lf_hf.plan.machine import CONTEXT, PYTHON, Machine, place_name
-from lf_hf.plan.phases import Phases, Work, healing_bytes, healing_work, times
 from lf_hf.plan.probe import Rates
-from lf_hf.plan.shape import Shape
-from lf_hf.runtime.amounts import CPU_BATCH, LARGEST_BATCH, LONGEST_GROUP
+from lf_hf.runtime.amounts import CPU_BATCH, LARGEST_BATCH, LONGEST_GROUP, MAX_SHARD_BYTES, least_longest, longest_group
 from lf_hf.runtime.memory import in_gib
 from lf_hf.settings import FusionConfig, HealSettings
 
 _BATCH_SHARE = 16  # of a card's memory, one part in so many is for a batch
 _SECONDS_OF_WORK = 1e11  # operations
-_STATE, _OF_ADAPTER = 12, 4  # bytes on disk of a trained parameter: it and two moments, and an adapter's alone
-_TRAINED = {"layers": "all layers", "fused": "the fused layers", "lora": "adapters", "all": "all parameters"}
+_OFFLOADED = 3  # layers that come and go: one that computes, one that is read, and one that is made
+
+
+Count = Callable[[Setup], Mapping[str, Need]]
+"""What phases take by their names, in their order."""
 
 
 class NoRoom(ValueError):
@@ -146,26 +149,25 @@ def plan(
     dtype: torch.dtype,
     fusion: FusionConfig,
     machine: Machine,
+    count: Count,
     *,
-    healing: HealSettings | None = None,
-    otherwise: str | None = "method='refit'",
+    training: Callable[[Shape, int], HealingPlan] | None = None,
     device_map: dict[str, str | int] | None = None,
     rates: Callable[[], Rates] | None = None,
 ) -> Plan:
-    """Decide what lies where, and what trains, from a base's config, the dtype of its weights and what a machine has.
+    """Decide what lies where, from a base's config, the dtype of its weights and what a machine has.
 
-    `healing` are the settings of the healing that follows; to choose what it trains, `train` is None. `otherwise` is
-    what to advise where no healing fits, and `device_map` where a user wants the weights. `rates` measures the machine,
-    as `probe` does; it is not asked where the work is done in seconds anyway. Raises NoRoom if nothing that the
-    settings allow fits.
+    `count` says what the phases take, and `training` plans the one of a healing that follows, of a model of a shape
+    where all else takes so many bytes at least. `device_map` is where a user wants the weights. `rates` measures the
+    machine, as `probe` does; it is not asked where the work is done in seconds anyway. Raises NoRoom if nothing that
+    the settings allow fits.
     """
     with torch.device("meta"):
         model = model_class(config)(config)
     shape, device = Shape.of(model, dtype.itemsize), machine.device
-    heal_tokens = healing.tokens if healing else 0
     own, free = machine.own_bytes(shape.vocab), machine.free[device]
-    phases = _that_fits(Phases(shape, fusion, CPU_BATCH, machine.has_card, heal_tokens), free, free - own)
-    steps = None if healing is None else _plan_healing(phases, machine, healing, otherwise)
+    phases = _that_fits(_Phases(Setup(shape, CPU_BATCH, machine.has_card), fusion, count), machine, own)
+    steps = training and training(shape, own + phases.least)
     if own + phases.least > free:
         cheaper = None if fusion.method == "truncate" else "method='truncate'"
         raise NoRoom("a run with all weights elsewhere", machine, own + phases.least, cheaper)
@@ -176,15 +178,21 @@ def plan(
         room = max(room + phases.passing, own + phases.written)
         device_map = _placed(model, dtype, machine, room, in_memory)
     weights = _weights_by_place(model, dtype, device_map or {"": device}, device)
-    phases = replace(phases, on_disk="disk" in weights)
+    phases = phases.with_setup(on_disk="disk" in weights)
     lies_elsewhere = weights.keys() != {device}
     beside = own + weights.get(device, 0)
     taken = {
         name: beside + phases.passing * lies_elsewhere + need.inside + need.lists * (states == "device")
         for name, need in phases.needs.items()
     }
+    work = {name: need.work for name, need in phases.needs.items()}
+    parameters = shape.total, shape.total - fusion.least_fusions * shape.layer
+    made, in_training = parameters[1] * shape.size, 0
     if steps is not None:
         taken["heal"] = steps.bytes
+        work |= {"heal": steps.work, "judge": times(work.pop("judge"), 2)}  # before and after
+        final_states = shape.hidden * 2 * steps.settings.tokens
+        in_training = final_states + steps.disk + made * bool(fusion.heal_tokens)  # and the fused model meanwhile
     if lies_elsewhere and not machine.has_card:
         taken["write"] = beside + phases.written
     peak = {device: max(taken.values())}
@@ -193,32 +201,68 @@ def plan(
     for place in peak.keys() & machine.free.keys():
         if peak[place] > machine.free[place]:
             raise NoRoom("a run", machine, peak[place], None, place)
-    parameters = shape.total, shape.total - phases.fusions * shape.layer
-    made = parameters[1] * shape.size
-    training = shape.hidden * 2 * heal_tokens + steps.disk if steps else 0  # the base's final states, and the Trainer's
-    kept = made * bool(fusion.heal_tokens)  # the fused model, until the healed one is whole
-    disk = made + max(phases.lists * (states == "disk"), training + kept) + weights.get("disk", 0)
+    disk = made + max(phases.lists * (states == "disk"), in_training) + weights.get("disk", 0)
     if device_map and machine.has_card and not weights.keys() - {"cpu", "disk"}:
         device_map = _with_norm_on(device, model, device_map)
-    work = {name: need.work for name, need in phases.needs.items()}
-    if steps is not None:
-        work |= {"heal": steps.work, "judge": times(work.pop("judge"), 2)}  # before and after
-    longest, minutes = phases.longest, _minutes(work, rates)
+    setup, minutes = phases.setup, _minutes(work, rates)
     return Plan(
-        machine,
-        device_map,
-        phases.batch_bytes,
-        states,
-        longest,
-        steps,
-        parameters,
-        weights,
-        taken,
-        peak,
-        disk,
-        work,
-        minutes,
+        machine=machine,
+        device_map=device_map,
+        batch_bytes=setup.batch_bytes,
+        states=states,
+        longest=setup.longest,
+        healing=steps,
+        parameters=parameters,
+        weights=weights,
+        phases=taken,
+        peak=peak,
+        disk=disk,
+        work=work,
+        minutes=minutes,
     )
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """The phases of a fusion, but for training."""
+
+    setup: Setup
+    config: FusionConfig
+    count: Count
+
+    def with_setup(self, **changes: Any) -> _Phases:
+        return replace(self, setup=replace(self.setup, **changes))
+
+    @cached_property
+    def needs(self) -> Mapping[str, Need]:
+        return self.count(self.setup)
+
+    @property
+    def passing(self) -> int:
+        """Bytes of layers that come and go, and of embeddings, where weights lie elsewhere."""
+        shape = self.setup.shape
+        return (_OFFLOADED + self.setup.longest * self.config.fits) * shape.layer_bytes + shape.head * shape.size
+
+    @property
+    def written(self) -> int:
+        """Bytes of a file of the result, which are in memory while it is written if they lie elsewhere."""
+        shape = self.setup.shape
+        return min(shape.bytes, max(MAX_SHARD_BYTES, shape.head * shape.size))
+
+    @property
+    def least(self) -> int:
+        """What would do beside what is taken before there are weights: with all of them here, or all elsewhere."""
+        inside = self.most("elsewhere")
+        return min(inside + self.setup.shape.bytes, max(inside + self.passing, self.written))
+
+    @property
+    def lists(self) -> int:
+        """The most bytes of lists of states."""
+        return max(need.lists for need in self.needs.values())
+
+    def most(self, states: str) -> int:
+        """The most bytes of a phase, with lists of states where these are on the "device"."""
+        return max(need.inside + need.lists * (states == "device") for need in self.needs.values())
 
 
 def _minutes(work: Mapping[str, Work], rates: Callable[[], Rates] | None) -> dict[str, float] | None:
@@ -231,32 +275,36 @@ def _minutes(work: Mapping[str, Work], rates: Callable[[], Rates] | None) -> dic
     return {name: sum(amount / measured[rate] for rate, amount in of.items()) / 60 for name, of in work.items()}
 
 
-def _that_fits(phases: Phases, free: int, room: int) -> Phases:
-    """As many layers that may become one as have room, with what else lies elsewhere, where long groups are a choice.
+def _that_fits(phases: _Phases, machine: Machine, own: int) -> _Phases:
+    """As many layers that may become one as there is room for, with what else lies elsewhere.
 
-    Batches are small on the CPU, and on a card with little room.
+    That is a choice where groups are long or short by their costs, and a user's limit does not change it. Batches are
+    small on the CPU, and on a card with little room.
     """
-    longest = least = phases.fusions + 1
-    if phases.config.selection == "groups":
-        longest = LONGEST_GROUP if phases.config.within_budget else min(longest, LONGEST_GROUP)
-        least = 2
-    small = large = phases.batch_bytes
-    if phases.on_card:
-        large = min(max(small, free // _BATCH_SHARE), LARGEST_BATCH)
-    tried = [replace(phases, longest=number, batch_bytes=large) for number in range(longest, least - 1, -1)]
-    least_of_all = replace(phases, longest=least, batch_bytes=small)
-    return next((phases for phases in tried if phases.least <= room), least_of_all)
+    config, inner = phases.config, phases.setup.shape.inner
+    longest = least = config.least_fusions + 1
+    if config.selection == "groups":
+        longest, least = longest_group(inner, config.least_fusions), least_longest(inner, config.least_fusions)
+        if config.within_budget:
+            longest = LONGEST_GROUP
+    free = machine.free[machine.device]
+    phases = phases.with_setup(longest=longest)
+    while phases.setup.longest > least and own + phases.least > max(free, machine.unlimited):
+        phases = phases.with_setup(longest=phases.setup.longest - 1)
+    large = min(max(CPU_BATCH, free // _BATCH_SHARE), LARGEST_BATCH) if machine.has_card else CPU_BATCH
+    with_large = phases.with_setup(batch_bytes=large)
+    return with_large if own + with_large.least <= free else phases
 
 
-def _place_of_states(phases: Phases, free: int, in_memory: int) -> Literal["device", "host", "disk"]:
+def _place_of_states(phases: _Phases, free: int, in_memory: int) -> Literal["device", "host", "disk"]:
     """Where lists of states rest: where layers compute, if they fit beside all weights, else as near as they fit.
 
     `in_memory` are the bytes that are free beside a card, half of which are for layers.
     """
-    if phases.most("device") + phases.shape.bytes <= free:
+    if phases.most("device") + phases.setup.shape.bytes <= free:
         return "device"
     most = min(in_memory // 2, in_memory - PYTHON - CONTEXT)
-    return "host" if phases.on_card and phases.lists <= most else "disk"
+    return "host" if phases.setup.on_card and phases.lists <= most else "disk"
 
 
 def _placed(model: Any, dtype: torch.dtype, machine: Machine, room: int, in_memory: int) -> dict[str, str | int]:
@@ -297,42 +345,3 @@ def _weights_by_place(
         place = device_map[max(modules, key=len)]
         weights[place_name(place, torch.device(device).type)] += parameter.numel() * dtype.itemsize
     return dict(weights)
-
-
-def _plan_healing(phases: Phases, machine: Machine, healing: HealSettings, otherwise: str | None) -> HealingPlan:
-    """What trains: the first rung of a ladder that fits, with as many sequences at a time as fit.
-
-    All layers, the fused ones, or adapters, each without and with checkpoints of gradients. The fused model stays where
-    it trains, and what is not trained is its own. Raises NoRoom, with the advice `otherwise`, where no rung fits: it
-    names what both the fusion and the healing need.
-    """
-    shape, layers = phases.shape, phases.shape.layers - phases.fusions
-    own, free = machine.own_bytes(shape.vocab), machine.free[machine.device]
-    fused = phases.fusions * shape.layer  # parameters, as many as go
-    trained_by = {
-        "layers": layers * shape.layer,
-        "fused": fused,
-        "lora": layers * shape.adapters * healing.lora_rank,
-        "all": shape.total - fused,
-    }
-    ladder = [healing.train] if healing.train else ["layers", "fused", "lora"]
-    batch = max(1, healing.batch_tokens // healing.length // machine.processes)
-    divisors = [number for number in range(batch, 0, -1) if batch % number == 0]
-    least: dict[str, int] = {}  # of what did not fit
-    for train, checkpoints, sequences in product(ladder, (False, True), divisors):
-        trained = trained_by[train]
-        tokens = sequences * healing.length
-        takes = own + healing_bytes(shape, machine, layers, trained, tokens, checkpoints=checkpoints)
-        if takes > free:
-            least[train] = takes
-            continue
-        why = f"{_TRAINED[train]}, {trained:,} parameters{' with gradient checkpointing' * checkpoints}"
-        if train != ladder[0]:
-            why += f", as {_TRAINED[ladder[0]]} would take {in_gib(least[ladder[0]])}"
-        work = healing_work(shape, layers, trained, healing, checkpoints=checkpoints)
-        last = _OF_ADAPTER if train == "lora" else shape.size  # in the model's own dtype
-        disk = (_STATE + (_STATE if machine.shards > 1 else last)) * trained
-        settings = replace(healing, train=train)
-        return HealingPlan(settings, machine.device, checkpoints, sequences, why, takes, disk, work)
-    what = f"healing with train={ladder[-1]!r} and gradient checkpointing"
-    raise NoRoom(what, machine, max(least[ladder[-1]], own + phases.least), otherwise)

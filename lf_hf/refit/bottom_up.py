@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder, Group
+from lf_hf.decoder.demand import Need, Setup, times
 from lf_hf.families.table import DecoderLayer
-from lf_hf.refit.fit import fit_group
+from lf_hf.refit.fit import fit_group, fitting
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import States, keep, run_states
 from lf_hf.refit.traces import run_group, trace
-from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
+from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune, tuning
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import in_float64, to_device, to_host
 from lf_hf.runtime.progress import progress
+from lf_hf.settings import FusionConfig
 
 
 @torch.no_grad()
@@ -150,3 +152,18 @@ class _HeldOutText:
             sums = torch.stack([in_float64(part).sum((0, 1)) for part in (squares, squares[:, :1])])
             missed = to_device(missed, sums.device) + sums
         return missed
+
+
+def making(setup: Setup, config: FusionConfig, groups: int) -> Need:
+    """What `fit_groups` takes, where about so many groups leave `config.least_fusions` layers fewer."""
+    tokens, length = config.calibration_tokens, config.calibration_length
+    fit, _ = fitting(setup, length, tokens, setup.longest, is_rough=False)
+    _, of_fit = fitting(setup, length, tokens, 1 + math.ceil(config.least_fusions / groups), is_rough=False)
+    trained, of_training = tuning(setup, tokens, length)
+    made = config.least_fusions * setup.shape.layer_bytes  # at most
+    inside = setup.running(length, tokens) + made + max(fit, trained)
+    # Lists: between the halves of each layer; before all of them, after all attention and after all of them; of the
+    # model as it becomes.
+    lists = setup.states((setup.longest + 4) * tokens)
+    # One stream from the first to the last group, and the dense one up to that: as long as all layers together.
+    return Need(inside, lists, setup.forward(tokens, setup.shape.layers) + times(of_fit + of_training, groups))

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.demand import Setup, Work, times
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
 from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, add_to_maps, empty_problem, solve_maps, token_weights
 from lf_hf.refit.layer_parts import (
@@ -39,7 +40,7 @@ from lf_hf.refit.layer_parts import (
     with_gain,
     with_one_norm,
 )
-from lf_hf.refit.regression import FitOverflow, Solver, expanded
+from lf_hf.refit.regression import FitOverflow, Solver, expanded, solving
 from lf_hf.refit.states import States, keep
 from lf_hf.refit.traces import Traces
 from lf_hf.report.data import FusedLayer, MadeLayer
@@ -244,3 +245,37 @@ def _counts(kept: Tensor, each: int, layers: int) -> Tensor:
     """How many of `kept` are from each of some layers that had `each`: (layers,)."""
     numbers = torch.arange(layers, device=kept.device)[:, None]
     return (kept // each == numbers).sum(1)  # a count by bins would wait for their number
+
+
+def fitting(setup: Setup, length: int, tokens: int, joined: int, *, is_rough: bool) -> tuple[int, Work]:
+    """Bytes, but for lists of states, and work of the fit of `joined` layers as one, to sequences of `length`."""
+    shape, batch = setup.shape, setup.batch(length, tokens)
+    hidden, mlp, size = shape.hidden, shape.mlp, shape.size
+    wide, heads = joined * mlp, joined * shape.queries
+    compared = mlp if is_rough else num_candidates(wide, mlp)
+    # The maps, a reader in float32, and the wide half in its own numbers; then its compared channels, twice.
+    widened = 4 * joined * hidden**2 + 8 * hidden * mlp + 3 * hidden * max(wide, 2 * compared) * size
+    chosen = 3 * hidden * (compared + mlp) * size
+    solved = partial(solving, setup, tokens, is_rough=is_rough)
+    of_maps, map_work = solved(hidden, hidden, joined * hidden)
+    of_heads, head_work = solved(heads, shape.queries, hidden)
+    of_channels, channel_work = solved(compared, mlp, hidden)
+    if shape.has_norm_after:  # the second problem beside the first one
+        of_channels += 4 * (mlp**2 + hidden * mlp)
+    channels = batch * max(compared, heads) * (3 * size + 4)  # gate, up, their product, and it in float32
+    inside = channels + max(widened, of_maps, chosen + of_channels, chosen + of_heads)
+    mapped = 2 * compared + joined * (shape.queries + 2 * shape.keys)  # rows of readers
+    work = setup.forward(tokens, 0 if is_rough else joined)  # in choosing layers run once for all groups
+    work += times(map_work, 2)
+    work += Work({setup.own_product: 2 * hidden**2 * mapped})
+    twice = 1 + shape.has_head_norms
+    work += Work(layer=2 * tokens * hidden * (shape.queries + 2 * shape.keys) * joined * twice)
+    if compared < wide:  # by some of the tokens
+        work += Work(layer=tokens // TOKEN_STRIDE * hidden * (4 * wide + 2 * joined * hidden))
+    work += Work(layer=4 * tokens * hidden * compared)
+    work += head_work + channel_work
+    if shape.has_norm_after:
+        work += Work(layer=12 * tokens * hidden * (mlp + shape.queries))
+        if not is_rough:
+            work += solved(mlp, mlp, hidden)[1]
+    return inside, work

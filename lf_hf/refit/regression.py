@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lf_hf.runtime.amounts import EXACT_LIMIT, ROUGH_EXACT_LIMIT
+from lf_hf.decoder.demand import Setup, Work
+from lf_hf.runtime.amounts import EXACT_LIMIT, ROUGH_EXACT_LIMIT, solved_in_tokens
 from lf_hf.runtime.numerics import bfloat16_products
 
 _SELECTION_RIDGE = 1e-2
@@ -350,3 +351,32 @@ def eliminate(inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor, so
 def expanded(blocks: Tensor, block: int) -> Tensor:
     """Indices of all members of some blocks of `block` adjacent ones."""
     return (blocks[:, None] * block + torch.arange(block, device=blocks.device)).flatten()
+
+
+def solving(setup: Setup, tokens: int, unknowns: int, kept: int, outputs: int, *, is_rough: bool) -> tuple[int, Work]:
+    """Bytes and work of a problem: sums, a pruning by an inverse, and the solution of the rest."""
+    if is_rough and solved_in_tokens(tokens, unknowns):
+        return _dual_solving(setup, tokens, unknowns, kept, outputs)
+    solver = Solver(tokens if is_rough else None)
+    squares = 3 if setup.on_card and kept < unknowns else 1  # an inverse on a card is made beside its factor
+    exact = solver.dtype(unknowns).itemsize
+    size = (4 + squares * exact) * unknowns**2 + (12 + 2 * exact) * unknowns * outputs
+    work = Work(product=tokens * unknowns * (unknowns + 2 * outputs))  # half of a gram matrix, and what it is for
+    for size_of in {unknowns, kept}:
+        flops = size_of**3 // 3 + 2 * size_of**2 * outputs
+        if size_of > kept:  # the inverse, and its updates
+            flops += 2 * size_of**3 // 3 + 2 * (size_of**3 - kept**3) // 3
+        rate = "solve" if solver.dtype(size_of) == torch.float64 else "product"
+        work += Work({rate: flops}) + Work(product=2 * size_of**2 * outputs)
+    return size, work
+
+
+def _dual_solving(setup: Setup, tokens: int, unknowns: int, kept: int, outputs: int) -> tuple[int, Work]:
+    """The same where it is solved in the tokens: no more of the inverse than blocks on its diagonal."""
+    # x twice; the kernel, and it in float64; two weights; what is to be written, and what is missed of it.
+    size = 8 * tokens * unknowns + 12 * tokens**2 + 8 * unknowns * outputs + 32 * tokens * outputs
+    work = Work()
+    for inputs in {unknowns, kept}:
+        work += Work({setup.own_product: tokens**2 * inputs + 4 * tokens * inputs * outputs})
+        work += Work(solve=tokens**3 // 3 + 2 * tokens**2 * outputs + tokens**2 * inputs * (inputs > kept))
+    return size, work

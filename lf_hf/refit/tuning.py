@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers import get_cosine_schedule_with_warmup
 
 from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.demand import STEP_BYTES, TRAINED_BYTES, Setup, Work, activation_bytes
 from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.runtime.amounts import STEP_TOKENS, num_passes
@@ -118,3 +119,11 @@ def channel_weights(changes: Tensor) -> Tensor:
     """
     least = (changes.median() / 100).clamp(min=torch.finfo(torch.float32).tiny)
     return 1 / changes.clamp(min=least) / len(changes)
+
+
+def tuning(setup: Setup, tokens: int, length: int) -> tuple[int, Work]:
+    """Bytes and work of the training of one layer on tokens in sequences of `length`."""
+    shape, passes = setup.shape, num_passes(tokens)
+    inside = TRAINED_BYTES * shape.layer + max(STEP_TOKENS, length) * activation_bytes(shape)
+    work = Work(layer=5 * shape.layer * passes * tokens)  # some gradients of what it reads are not needed
+    return inside, work + Work(bytes=passes * tokens // STEP_TOKENS * STEP_BYTES * shape.layer)

@@ -30,6 +30,21 @@ MAX_CANDIDATES = 6144
 TOKEN_STRIDE = 4  # one token in so many decides which channels write most
 
 
+def longest_group(layers: int, fusions: int) -> int:
+    """How many layers become one at most, where some of so many go: `LONGEST_GROUP`, or more where they have to."""
+    return max(min(fusions + 1, LONGEST_GROUP), least_longest(layers, fusions))
+
+
+def least_longest(layers: int, fusions: int) -> int:
+    """How many layers the longest group has at least, where some of so many layers go."""
+    return -(-layers // (layers - fusions))
+
+
+def most_fusions(layers: int, longest: int) -> int:
+    """How many of so many layers can go where no group is longer."""
+    return layers - -(-layers // longest)
+
+
 def batch_size(length: int, channels: int, batch_bytes: int) -> int:
     """Sequences of so many tokens in a batch, for an MLP of so many channels: as many as its bytes hold.
 

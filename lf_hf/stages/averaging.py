@@ -12,8 +12,10 @@ from scipy.special import expit
 from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder, Group
+from lf_hf.decoder.demand import Need, Setup, Work, times
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import in_float64
+from lf_hf.settings import FusionConfig
 from lf_hf.stages.alignment import align_layer
 
 AverageKey = tuple[int, str, float]
@@ -81,3 +83,15 @@ def weighted_sum(tensor_i: Tensor, tensor_j: Tensor, ratio: float) -> Tensor:
     for rows, rows_i, rows_j in zip(*(tensor.split(_ROWS) for tensor in (fused, tensor_i, tensor_j)), strict=True):
         rows.copy_(in_float64(rows_i) * ratio + in_float64(rows_j.to(rows_i.device)) * (1 - ratio))
     return fused
+
+
+def averaging(setup: Setup, config: FusionConfig) -> Need:
+    """What averages take: rows of all projections are compared and assigned, where the solver's steps grow about as
+    rows to the power 2.5."""
+    shape, fusions, is_aligned = setup.shape, config.least_fusions, config.alignment != "none"
+    work = Work(bytes=fusions * shape.layer * 40)
+    compared = (shape.mlp, shape.mlp, shape.hidden, shape.queries, shape.keys, shape.keys, shape.hidden)
+    for rows in compared if is_aligned else ():
+        work += Work(product=2 * rows * rows * shape.hidden, bytes=int(12 * rows**2.5))
+    rows = shape.mlp * is_aligned
+    return Need(fusions * shape.layer_bytes + 12 * rows**2 + 12 * shape.hidden * rows, 0, times(work, fusions))

@@ -28,7 +28,7 @@ TOKEN_CHARACTERS = 64  # no text has longer tokens on average
 _TRAINING_CHARACTERS = 8  # a token: more than usual
 # Share of the tokens that the model itself writes, which keeps what no other text touches: of the default mixture to
 # fit to, and of all other text.
-_MIXTURE_SHARE, _WRITTEN_SHARE = 0.5, 1 / 3
+MIXTURE_SHARE, WRITTEN_SHARE = 0.5, 1 / 3
 # Characters that stand beside a user's text for each of its tokens: answered questions, a fifth of the 4 characters of
 # a token, or some ten thousand tokens; to train on, documentation too, a seventh. Each is at most half as long as it.
 _QUESTION_CHARACTERS, _MAX_QUESTION_CHARACTERS = 0.8, 40_000
@@ -173,7 +173,7 @@ def load_corpus(
         parts[DOCUMENTATION] = _excerpt_documentation(text, _DOCUMENTATION_CHARACTERS * max_tokens)
     limit = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MAX_QUESTION_CHARACTERS)
     parts[QUESTIONS] = _question_text(1, to_train)[: int(limit)]
-    return Corpus({name: part for name, part in parts.items() if part}, _WRITTEN_SHARE)
+    return Corpus({name: part for name, part in parts.items() if part}, WRITTEN_SHARE)
 
 
 def _mix_bundled(max_tokens: int, to_train: bool) -> Corpus:
@@ -185,7 +185,7 @@ def _mix_bundled(max_tokens: int, to_train: bool) -> Corpus:
     parts = {name: part for name, part in parts.items() if part}
     if not parts:
         raise ValueError("There is no text: neither Python's documentation nor lm-eval is installed; give a file.")
-    share = _WRITTEN_SHARE if to_train else _MIXTURE_SHARE
+    share = WRITTEN_SHARE if to_train else MIXTURE_SHARE
     return Corpus(parts, share, is_bundled=True, note=_NOTE)
 
 

@@ -16,7 +16,7 @@ from lf_hf.text.calibration import TOKEN_CHARACTERS, CalibrationSamples, Corpus,
 from lf_hf.text.chats import bos_prefix
 from lf_hf.text.mmlu import fitting_questions
 
-_OUT_OF_DOMAIN_TOKENS = 1024  # of each kind of text
+OUT_OF_DOMAIN_TOKENS = 1024  # of each kind of text
 
 
 def tokenize_samples(
@@ -108,7 +108,7 @@ def pack_out_of_domain(
         texts.append("\n\n".join(f"Question: {q.question}\nAnswer: {q.explanation}" for q in others))
     sequences: list[Tensor] = []
     for text in texts:
-        sequences += pack_tokens(tokenizer, text, length, _OUT_OF_DOMAIN_TOKENS)
+        sequences += pack_tokens(tokenizer, text, length, OUT_OF_DOMAIN_TOKENS)
     check_ids(sequences, vocab_size)
     return sequences
 

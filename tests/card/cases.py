@@ -44,7 +44,12 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
             **dict.fromkeys(("model.layers.2", "model.layers.3", "model.norm", "model.rotary_emb", "lm_head"), 1),
         }
     },
-    "from files": {"device_map": {"model.norm": 0, "": "disk"}},
+    "from files": {
+        "device_map": {
+            **dict.fromkeys(("model.embed_tokens", "model.layers", "lm_head"), "disk"),
+            **dict.fromkeys(("model.norm", "model.rotary_emb"), 0),
+        }
+    },
     "on a small card": {
         "device_map": "cuda",
         "max_memory": {0: CONTEXT, "cpu": 4 << 30},

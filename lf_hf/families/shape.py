@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lf_hf.families.models import family_of, text_model
+from lf_hf.families.models import family_of, free_layers, text_model
 from lf_hf.families.table import head_dim
 
 
@@ -16,6 +16,7 @@ class Shape:
     """The numbers of a model that its space and time follow from; `size` is of a stored number, in bytes."""
 
     layers: int
+    inner: int  # of these, those that groups by cost may have
     hidden: int
     mlp: int
     queries: int  # rows of q_proj
@@ -37,6 +38,7 @@ class Shape:
         layers = text_model(model).layers
         return cls(
             layers=len(layers),
+            inner=len(free_layers(model.config, "groups")[0]),
             hidden=text.hidden_size,
             mlp=text.intermediate_size,
             queries=text.num_attention_heads * head_dim(text),
