@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 import lf_hf
-from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.base import DTYPES, Base
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
@@ -41,7 +41,6 @@ Start with a dry run, which says what a fusion does and takes, and writes nothin
 """
 _MECHANICS = [name for name in FusionConfig.known if name not in (*LEVELS, "method")]  # all but the level and method
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
-_DTYPES = ["float32", "bfloat16", "float16", "float64", "auto"]
 _TRACEBACK = "--traceback"
 _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
@@ -124,6 +123,7 @@ _CALIBRATION = click.option(
     help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats; or "
     "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed.  [default: bundled text]",
 )
+_DTYPE = click.Choice([*DTYPES, "auto"])
 _HUB = click.option("--revision", metavar="REF", help="Branch, tag or commit of BASE on the hub.")
 _MAX_MEMORY = click.option(
     "--max-memory",
@@ -132,7 +132,7 @@ _MAX_MEMORY = click.option(
 )
 _LOADING = options(
     _HUB,
-    click.option("--dtype", type=click.Choice(_DTYPES), help="Type of the weights.  [default: as BASE has it]"),
+    click.option("--dtype", type=_DTYPE, help="Type of the weights.  [default: as BASE has it]"),
     click.option("--device", "device_map", help="cpu, cuda, cuda:1, or auto for all.  [default: a GPU if any]"),
     _MAX_MEMORY,
 )

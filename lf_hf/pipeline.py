@@ -29,7 +29,7 @@ from lf_hf.choose.choice import Choice, choose
 from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.healing.result import healed_report
 from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
-from lf_hf.inputs.fusion import FusionInputs, Texts, for_model
+from lf_hf.inputs.fusion import FusionInputs, Texts
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.planning import following
 from lf_hf.inputs.resuming import holds_fused, note_healing, save_healed
@@ -211,7 +211,6 @@ def fuse(
     The decoder has `config.num_fusions` fewer layers afterwards, or as many fewer as a budget allows. Raises
     ValueError, with the model unchanged, if it has too few layers or activations are not finite.
     """
-    config = for_model(config, decoder.model_config)
     measured = measured.used_by(config)
     clock = Clock(measured.seconds)
     num_layers, num_parameters = decoder.num_layers, decoder.num_parameters

@@ -14,6 +14,9 @@ from lf_hf.runtime.words import plural
 ALGORITHM = 26
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
+TRAINED = {"layers": "all layers", "all": "all parameters", "fused": "the fused layers", "lora": "adapters"}
+"""What a healing may train, in a setting's word and in people's."""
+
 LEAST_HEAL_TOKENS = 1024
 """Fewest tokens of a healing."""
 
@@ -279,7 +282,7 @@ class HealSettings(Settings):
     """Tokens to train on, repeats counted. By default one for each hundred parameters of a layer, from 131072 to
     2097152."""
 
-    train: Annotated[str | None, OneOf(["layers", "all", "fused", "lora"])] = None
+    train: Annotated[str | None, OneOf(TRAINED)] = None
     """What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these too.
     "fused": the fused layers and all norms. "lora": adapters on every projection, which are merged at the end. By
     default it is the first of layers, fused and lora that the memory has room for."""

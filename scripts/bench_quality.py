@@ -86,7 +86,7 @@ class Fuser:
 
     def fuse(self, model: CausalLM, count: int, **settings: Any) -> CausalLM:
         """Fuse in place, and heal where the settings ask for that."""
-        config = FusionConfig(count, **self.settings | settings)
+        config = for_model(FusionConfig(count, **self.settings | settings), model.config)
         is_healed = config.method == "healed" or "heal_tokens" in settings
         report = fuse(Decoder(model), self.tokenizer, config, self.measured, base="")
         print(f"<!-- {[layer.layers for layer in report.fused_layers]} -->", flush=True)

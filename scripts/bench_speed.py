@@ -348,7 +348,7 @@ def one_by_one(
 ) -> list[Scores]:
     """The reference: what is measured on the base is measured once, and all else is done for each point."""
     evaluation, opened = lm_eval.Evaluation(TASKS), Base.open(base, {})
-    configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
+    configs = [for_model(FusionConfig(level, method, **SWEPT), opened.config) for level in levels for method in methods]
     tokenizer, dense = opened.tokenizer(), opened.load()
     samples, text, _ = Texts.load(configs, f"{folder}/text.txt", tokenizer)
     measured = measure(Decoder(dense), tokenizer, configs[0], samples, text)

@@ -14,6 +14,7 @@ from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model
 from lf_hf.families.table import FAMILIES, DecoderLayer, Weights
+from lf_hf.inputs.fusion import for_model
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.pipeline import fuse
 from lf_hf.refit.fit import fit_group
@@ -197,6 +198,7 @@ def measure_and_fuse(
 ) -> FusionReport:
     """Fuse a model in place."""
     decoder, tokenizer = Decoder(model), make_tokenizer()
+    config = for_model(config, model.config)
     return fuse(decoder, tokenizer, config, measure(decoder, tokenizer, config, samples, corpus), base="tiny")
 
 

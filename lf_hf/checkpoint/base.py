@@ -56,7 +56,8 @@ BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "max_memory", "output_loading_info", "use
 """Those, and others that hold for a base only, and not for what it is fused to."""
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit", "gguf_file")
 _SAFETENSORS = "*.safetensors*"  # and their index
-_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+"""What layers compute in, by name."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,9 @@ def checked_dtype(dtype: object) -> torch.dtype | None:
     """The dtype that a user means, None for the base's own. Raises ValueError for one that layers do not compute in."""
     if dtype is None or dtype == "auto":
         return None
-    if (name := str(dtype).removeprefix("torch.")) in _DTYPES:
-        return _DTYPES[name]
-    raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}, got {dtype!r:.80}.")
+    if (name := str(dtype).removeprefix("torch.")) in DTYPES:
+        return DTYPES[name]
+    raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r:.80}.")
 
 
 def check_device(device_map: Any) -> None:

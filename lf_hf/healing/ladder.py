@@ -12,11 +12,10 @@ from lf_hf.plan.machine import Machine
 from lf_hf.plan.plan import HealingPlan, NoRoom
 from lf_hf.runtime.amounts import EVALUATIONS, FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU, TRAINED_LOGITS
 from lf_hf.runtime.memory import in_gib
-from lf_hf.settings import HealSettings
+from lf_hf.settings import TRAINED, HealSettings
 
 _KINDS = 4  # of text that is healed on, about: two that are given, and text and chats that the base writes
 _STATE, _OF_ADAPTER = 12, 4  # bytes on disk of a trained parameter: it and two moments, and an adapter's alone
-_TRAINED = {"layers": "all layers", "fused": "the fused layers", "lora": "adapters", "all": "all parameters"}
 
 
 def plan_training(
@@ -48,9 +47,9 @@ def plan_training(
         if takes > free:
             tried[train] = takes
             continue
-        why = f"{_TRAINED[train]}, {trained:,} parameters{' with gradient checkpointing' * checkpoints}"
+        why = f"{TRAINED[train]}, {trained:,} parameters{' with gradient checkpointing' * checkpoints}"
         if train != ladder[0]:
-            why += f", as {_TRAINED[ladder[0]]} would take {in_gib(tried[ladder[0]])}"
+            why += f", as {TRAINED[ladder[0]]} would take {in_gib(tried[ladder[0]])}"
         work = training_work(shape, layers, trained, healing, checkpoints=checkpoints)
         last = _OF_ADAPTER if train == "lora" else shape.size  # in the model's own dtype
         disk = (_STATE + (_STATE if machine.shards > 1 else last)) * trained

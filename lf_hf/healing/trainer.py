@@ -40,8 +40,8 @@ from lf_hf.settings import HealSettings
 
 logger = logging.get_logger(__name__)
 
-RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75e-3}
-"""The default learning rate by what is trained, in units of the size of the model's weights."""
+_RELATIVE_RATE = 5.5e-4  # the default learning rate, in units of the size of the model's weights
+_ADAPTERS_RATE = 5 * _RELATIVE_RATE
 
 LORA_SCALE = 2
 """What adapters add is multiplied by this."""
@@ -139,7 +139,8 @@ def default_learning_rate(decoder: Decoder, train: str) -> float:
     """
     layers = f"{text_prefix(decoder.model)}layers."
     size = typical_size(weight for name, weight in decoder.named_parameters() if name.startswith(layers))
-    return float(f"{RELATIVE_RATES[train] * size:.0e}")
+    rate = _ADAPTERS_RATE if train == "lora" else _RELATIVE_RATE
+    return float(f"{rate * size:.0e}")
 
 
 def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lf_hf.text.calibration import TOKEN_CHARACTERS, CalibrationSamples, Corpus, documentation_halves
 from lf_hf.text.chats import bos_prefix
 from lf_hf.text.mmlu import fitting_questions
+from lf_hf.text.sources import evenly
 
 OUT_OF_DOMAIN_TOKENS = 1024  # of each kind of text
 
@@ -52,7 +53,7 @@ def pack_tokens(
     pieces = [piece for piece in pieces if len(piece) > 1]
     if sum(map(len, pieces)) > max_tokens:
         count = max(1, max_tokens // length)
-        pieces = [pieces[n * len(pieces) // count][:max_tokens] for n in range(count)]
+        pieces = [piece[:max_tokens] for piece in evenly(pieces, count)]
     return [piece for piece in pieces if len(piece) > 1]
 
 

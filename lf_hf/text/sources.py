@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ TextSource = Sequence[str | Messages] | str | Path
 """Strings and chats, or where they are: a .txt, .jsonl, .csv or .parquet file, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a
 data set on the hub or in a folder."""
 
+Item = TypeVar("Item")
 _ADVICE = "give a .txt, .jsonl, .csv or .parquet file, or a data set"
 _COLUMNS = ("text", "messages")  # the first one that is there is read
 _CHARACTERS_PER_TOKEN = 8  # more than usual text has, so that so much from the hub is enough
@@ -179,8 +180,13 @@ def sample_evenly(items: Iterable[str], count: int) -> tuple[list[str], int]:
             sampled = sampled[::2]
             stride *= 2
     if len(sampled) > count:
-        sampled = [sampled[n * len(sampled) // count] for n in range(count)]
+        sampled = evenly(sampled, count)
     return sampled, total
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of at least as many items, spread evenly over them."""
+    return [items[n * len(items) // count] for n in range(count)]
 
 
 def split_windows(texts: Iterable[str], size: int) -> Iterator[str]:
