@@ -12,7 +12,7 @@ from lf_hf.runtime.settings_base import NOT_GIVEN, RULES, Needs, OneOf, Settings
 from lf_hf.runtime.words import plural
 
 ALGORITHM = 26
-"""Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
+"""Number of what a fusion computes: raised whenever results change, so that kept ones are not used again."""
 
 TRAINED = {"layers": "all layers", "all": "all parameters", "fused": "the fused layers", "lora": "adapters"}
 """What a healing may train, in a setting's word and in people's."""
