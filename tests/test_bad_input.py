@@ -208,7 +208,6 @@ ROWS: dict[str, Row] = {
     "few samples": (python, {"calibration": ["layer"] * 50}, "=50.* need at least 51 calibration samples, got 50"),
     "little text to heal on": (healed, {"text": ["short"], "written_share": 0}, "do not fill two sequences of length"),
     # Healing: its arguments, and models that do not belong together
-    "an argument that is gone": (healed, {"cache": "there"}, "cache is gone, as healing compares all predictions"),
     "a training argument of none": (healed, {"training_args": {"bf61": True}}, r"be used \(Train.* got an unexp"),
     "training arguments as a list": (healed, {"training_args": ["bf16"]}, "training_args must be a dict"),
     "no sequences": (healed, {"training_args": {"per_device_train_batch_size": 0}}, "must be at least 1, got 0"),
