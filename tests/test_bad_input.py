@@ -54,10 +54,6 @@ def report(**values: Any) -> Edit:
     return config("fusion_report.json", **values)
 
 
-def few_embeddings(folder: Path) -> None:
-    make_llama(vocab_size=64).save_pretrained(folder)
-
-
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Edit:
     def edit(folder: Path) -> None:
         held = load_file(folder / "model.safetensors")
@@ -167,17 +163,13 @@ ROWS: dict[str, Row] = {
     "two levels": (settings, {"max_divergence": 0.1}, "got num_fusions=1 and max_divergence=0.1"),
     "a seed that numpy refuses": (settings, {"seed": 2**32}, "must be an integer >= 0 and <= 4294967295, got 429496"),
     "not a number": (settings, {"ridge": NAN}, "ridge must be a number > 0, got nan"),
-    "a number as a switch": (settings, {"heal_tokens": True}, "heal_tokens must be an integer >= 0, got 'True'"),
     "no truth": (settings, {"rank_normalize": 2}, "rank_normalize must be true or false, got 2"),
     "a misspelt choice": (settings, {"method": "mkaa"}, "Unknown method 'mkaa'; did you mean 'mka'"),
     "groups of averages": (settings, {"selection": "groups"}, "selection='groups' is for the methods refit and healed"),
-    "a fit that aligns": (settings, {"method": "refit", "alignment": "rows"}, "alignment='rows' is for the methods ne"),
     "a setting of none": (settings, {"bet": 1}, "Unknown setting 'bet'; known are num_fusions"),
     "steps without a sequence": (healed, {"batch_tokens": 16}, "batch_tokens=16 holds no sequence of length=512"),
     # from_pretrained_fused, fuse_checkpoint and heal: each proposes its own names
     "too many": (python, {"num_fusions": 10**9}, "num_fusions must be 1 to 4 for a model of 5 layers .*, got 10000"),
-    "too many pairs": (python, {"num_fusions": 3, "method": "refit"}, "must be 1 to 2 .*='groups', got 3"),
-    "misspelt text": (python, {"calibraton": "a.txt"}, "'calibraton'; did you mean 'calibration'"),
     "misspelt": (from_folder_to_folder, {"num_fusionss": 2}, "Unknown argument 'num_fusionss'; did you mean 'num_fus"),
     "misspelt for heal's base": (healed, {"revison": "main"}, "setting 'revison'; did you mean 'revision'"),
     "no config": (python, {"config": {"num_fusions": 1}}, r"must be a FusionConfig, got \{'num_f.*; give its"),
@@ -186,7 +178,6 @@ ROWS: dict[str, Row] = {
     "a name as tokenizer": (python, {"tokenizer": "gpt2"}, "tokenizer must be a loaded tokenizer, got 'gpt2'"),
     "quantising on the way": (python, {"load_in_8bit": True}, "cannot be fused with load_in_8bit; leave it out"),
     "what nothing takes": (python, {"banana": 1}, "cannot be loaded .*unexpected keyword argument 'banana'"),
-    "a place for some": (python, {"device_map": {"lm_head": "cpu"}}, "device_map says nothing of model.embed_tokens"),
     "a device of several": (python, {"device_map": {"": "cpu", "lm_head": "cuda:77"}}, "'cuda:77' cannot be used"),
     # The base: its config and its tokenizer
     "layers of different kinds": (python, {}, "of different kinds", config(per_layer_config={"1": {"head_dim": 8}})),
@@ -199,17 +190,14 @@ ROWS: dict[str, Row] = {
     "an adapter alone": (python, {}, "is an adapter", only("adapter_config.json", "{}")),
     "fused already": (python, {}, "is fused already; fuse its base with a larger", config(model_type="fused_llama")),
     "no tokenizer": (python, {}, r"No tokenizer can be read for .*; put the base's own there", remove("token*")),
-    "another tokenizer": (from_folder_to_folder, JUDGED, r"id \d+, but the model has 64 embedd", few_embeddings),
     # Calibration text
     "calibrating on an array": (python, {"calibration": np.array(["a"])}, "Text must be a list of strings, a file or"),
     "half a character": (python, {"calibration": ["\ud800"] * 60}, "Sample 1 of .* cannot be used .*surrogates"),
     "little text": (python, {"calibration": ["layer"], "method": "refit"}, "has only \\d tokens, .* of 256; give more"),
-    "an unknown kind": (python, {"calibration": "a.docx"}, "'a.docx .train.' cannot be read .* give a .txt, .jsonl"),
     "few samples": (python, {"calibration": ["layer"] * 50}, "=50.* need at least 51 calibration samples, got 50"),
     "little text to heal on": (healed, {"text": ["short"], "written_share": 0}, "do not fill two sequences of length"),
     # Healing: its arguments, and models that do not belong together
     "a training argument of none": (healed, {"training_args": {"bf61": True}}, r"be used \(Train.* got an unexp"),
-    "training arguments as a list": (healed, {"training_args": ["bf16"]}, "training_args must be a dict"),
     "no sequences": (healed, {"training_args": {"per_device_train_batch_size": 0}}, "must be at least 1, got 0"),
     "looks at held-out text": (healed, {"training_args": {"eval_delay": 50}}, "'eval_delay' is set by heal itself"),
     "FSDP of one process": (healed, {"training_args": {"fsdp": True}}, "only works in distributed training"),
@@ -228,25 +216,19 @@ ROWS: dict[str, Row] = {
     "lm-eval, not fused": (lm_eval, ["pretrained={base}"], "that is not fused; give num_fusions=N"),
     "lm-eval, nothing": (lm_eval, [""], "pretrained is missing; give pretrained=NAME, a base to fuse"),
     "lm-eval, misspelt": (lm_eval, ["pretrained={base},num_fusion=1"], "'num_fusion'; did you mean 'num_fusions'?"),
-    "lm-eval, transformers'": (lm_eval, ["pretrained={fused},attn_implementatoin=eager"], "did you mean 'attn_impl"),
     "lm-eval, its own": (lm_eval, ["pretrained={base},num_fusions=1,fused_dri=x"], "did you mean 'fused_dir'?"),
     "lm-eval, an adapter": (lm_eval, ["pretrained={base},num_fusions=1,peft=no/where"], "'no/where'"),
     "lm-eval, settings": (lm_eval, ["pretrained={fused},method=mka,seed=1"], "method, seed without num_fusions has no"),
-    "lm-eval, delta": (lm_eval, ["pretrained={base},num_fusions=1,delta=x"], "delta=x cannot be combined with fusing"),
     # Saved fusions, edited by hand
     "a report cut off": (read_report, {}, "fusion_report.json' is not JSON", cut("fusion_report.json", 300)),
     # Commands: a wrong command line, and failures
     "layers for this model": (failed, (*FUSE, "--target-layers", 5), "must be 1 to 4 for a base of 5 layers, got 5"),
-    "a layer to leave": (failed, (*FUSE, "--target-layers", 1), "has 1 layer; ", config(num_hidden_layers=1)),
     "arguments as options": (mistyped, (*ONE, "--selection", "groups"), "--selection 'groups' .* --method 'mka'"),
     "no level": (mistyped, FUSE, "Give one of --num-fusions, --target-layers, "),
-    "a base not looked at": (mistyped, ("fuse", "/no", "x", "--target-layers", 3, "--method", "foo"), "method 'foo'"),
     "in words": (mistyped, (*FUSE, "--num-fusions", "four"), "integer >= 1, got 'four'"),
     "a misspelt option": (mistyped, (*FUSE, "--num-fusion", 1), "--num-fusions"),
-    "no folder": (mistyped, ("fuse", "{base}"), "OUT"),
     "levels of a sweep": (mistyped, (*SWEEP, "--num-fusions", "1,,2"), "--num-fusions must be an integer >= 1, got ''"),
     "metadata": (mistyped, (*SWEEP, "--num-fusions", "1", "--metadata", "mmlu"), "value for '--metadata': Expecting"),
-    "a share": (mistyped, (*HEAL, "--written-share", "all"), "must be a number >= 0 and <= 0.9, got 'all'"),
     "a training argument": (mistyped, (*HEAL, "--arg", "bf16"), "must be NAME=VALUE, got 'bf16'"),
     "no such folder": (failed, ("fuse", "{base}", "{out}/../x", "--num-fusions", 1), "x' leads through a folder that"),
     "bytes": (failed, ("fuse", "{base}", "{out}\udcff", "--num-fusions", 1, "--dry-run"), "give a path in UTF-8"),
@@ -281,6 +263,11 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
     "an index that is wrong": (sharded(lm_head__weight="model-00002-of-00007.safetensors"), "no tensor 'lm_head.weig"),
     "shapes": (config(intermediate_size=64), r"down_proj.weight' in shape \[32, 48\], but by .* \[32, 64\]"),
     "more layers in the config": (config(num_hidden_layers=6), "has no tensor 'model.layers.5.*', which its config"),
+    "integers": (
+        tensors(lambda held: held.update({UP: held[UP].char()})),
+        "of type I8, not plain floats; convert",
+    ),
+    "no metadata": (sharded(config(INDEX, metadata=None)), f"{INDEX} has no metadata, as an index must have; "),
     "pickled": (pickled, "convert pickled weights, which can run code when they are read, to safetensors"),
     "elsewhere by ..": (sharded(lm_head__weight="../x.safetensors"), "names '../x.safetensors' as a file of weights"),
 }

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from transformers import AutoModelForCausalLM
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, HealSettings
 from lf_hf.cli import main
-from lf_hf.plan.plan import plan
 from lf_hf.runtime.terminal import show, table
 from lf_hf.settings import METHODS
 
@@ -72,25 +70,10 @@ def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: 
     assert report.budget.allowed == 9 and report.layers_after < report.layers_before
 
 
-def test_a_long_run_says_when_it_begins_how_long_it_takes(
-    run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("lf_hf.inputs.phases.plan", lambda *a, **k: replace(plan(*a, **k), minutes={"make": 1.26}))
-    options = "--num-fusions 1 --method truncate --perplexity-tokens 0".split()
-    code, *_ = run("fuse", base, tmp_path / "out", *options)
-    assert code == 0 and "Plan: minutes, about: make 1.3; in all 1.3." in caplog.text
-
-
 def test_what_has_no_effect_is_said(run: Run, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = "--num-fusions 1 --method truncate --perplexity-tokens 0 --ridge 9 --calibration nowhere.txt".split()
     code, *_ = run("fuse", base, tmp_path / "out", *options)
     assert code == 0 and "Without effect on method='truncate': ridge, calibration." in caplog.text
-
-
-def test_errors_are_in_the_words_of_the_command_that_ran(run: Run, tmp_path: Path) -> None:
-    """`heal` has an option --base, `fuse` an argument."""
-    _, _, err = run("fuse", "", tmp_path / "out", "--num-fusions", 1)
-    assert err.startswith("lf-hf: base must be the folder or hub name of a checkpoint")
 
 
 def test_what_cannot_be_printed_is_done(run: Run, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
