@@ -288,7 +288,7 @@ def make_layers(dense: Decoder, groups: Groups, config: FusionConfig, measured: 
                 measured.similarity.matrix,
                 alignment=config.alignment,
                 ratio_beta=config.ratio_beta,
-                known=measured.averages,
+                known=measured.kept.averages,
             )
     else:
         for first, last in groups:
@@ -313,6 +313,12 @@ def _notes(
             "Layers were chosen by their influence alone, and what any group of them costs was not measured; "
             "selection='groups' measures it, and finds groups that must not be fused."
         )
+    if any(layer.error_after is not None and layer.held_out_error is None for layer in layers):
+        notes.append(
+            "Fitted layers were not trained by themselves, as the calibration text has no sequence to hold out; give "
+            "two or more, or lower calibration_length."
+        )
+        logger.warning(notes[-1])
     for layer in layers:
         if layer.layer_instead is not None:
             notes.append(

@@ -14,13 +14,14 @@ import pytest
 import torch
 from builders import no_warnings
 from conftest import make_llama, make_texts, make_tokenizer, same
-from tiny_models import idle, measure_and_fuse
+from tiny_models import idle, measure_and_fuse, measured_text
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import PROJECTIONS
 from lf_hf.measure.dense import tokenize_corpus
+from lf_hf.pipeline import fuse
 from lf_hf.runtime.amounts import WRITTEN_LENGTH
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
 
@@ -58,6 +59,13 @@ def test_fuses_from_the_end_in_ratios_of_the_original_similarity_and_reports_wha
     assert FusionReport.from_dict(report.to_dict()) == report
     for part in ("layers: 5 -> 2", "random sentences (57 samples", "perplexity, docs"):
         assert part in report.summary()
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_layer_that_no_text_is_held_out_for_is_not_trained_and_that_is_said(sequences: int) -> None:
+    measured = measured_text([*torch.randint(320, (sequences, 64), generator=torch.Generator().manual_seed(0))])
+    report = fuse(Decoder(make_llama()), make_tokenizer(), FusionConfig(1, "refit"), measured, base="tiny")
+    assert any("were not trained by themselves" in note for note in report.notes) == (sequences == 1)
 
 
 def test_nothing_is_measured_of_no_tokens() -> None:

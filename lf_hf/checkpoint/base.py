@@ -173,7 +173,7 @@ class Base:
         if folder is not None and scratch is None:
             weakref.finalize(decoder.model, shutil.rmtree, folder, ignore_errors=True)
         decoder.batch_bytes = plan.batch_bytes
-        decoder.states = plan.states
+        decoder.resting_place = plan.states
         decoder.scratch = folder
         decoder.longest_group = plan.longest
         return decoder

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import free_layers
-from lf_hf.measure.dense import Measurements
+from lf_hf.measure.dense import Kept, Measurements
 from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.report.data import BudgetInfo, BudgetTrial
 from lf_hf.runtime.amounts import most_fusions
@@ -59,7 +59,7 @@ def search_budget(
             f"{2 * given} or more."
         )
         logger.warning(notes[-1])
-    measured = replace(measured, text=text._replace(source=source, notes=notes), group_costs={})
+    measured = replace(measured, text=text._replace(source=source, notes=notes), kept=Kept())
 
     def attempt(count: int) -> tuple[BudgetTrial, tuple[Decoder, T]]:
         copy = decoder.copy()

@@ -101,7 +101,7 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     """
     assert measured.text is not None
     text = split_text(measured.text, num_rough_tokens(decoder.config.intermediate_size))
-    known = measured.group_costs
+    known = measured.kept.group_costs
     costs = GroupCosts(decoder, text, config.ridge)
     costs.by_group |= known
     trials = try_sets(costs, config.num_fusions, num_trials(measured.text.source.tokens))
@@ -111,8 +111,8 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     chosen = min(trials, key=lambda groups: trials[groups], default=())
     if not math.isfinite(trials.get(chosen, math.inf)):
         raise ValueError(
-            f"No groups of layers that leave {config.num_fusions} fewer can be computed with in this dtype; use one of "
-            "wider range, such as bfloat16, or fewer fusions."
+            f"No groups of layers that leave {config.num_fusions} fewer can be fitted: the fits overflow or are not "
+            "stable; use a dtype of wider range, such as bfloat16, more text, or fewer fusions."
         )
     finite = {group: cost for group, cost in costs.by_group.items() if math.isfinite(cost)}
     return Choice(chosen, finite, of_layers)

@@ -20,7 +20,7 @@ from lf_hf.measure.dense import CalibrationText
 from lf_hf.measure.predictions import divergences
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
-from lf_hf.refit.regression import FitOverflow
+from lf_hf.refit.regression import FitError
 from lf_hf.refit.states import States, keep, run_boundaries, run_states
 from lf_hf.refit.traces import trace
 from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
@@ -137,7 +137,7 @@ class GroupCosts:
                     continue
                 try:
                     fronts[groups] = self._pass(groups, front, number, layer, traced, text)
-                except FitOverflow:
+                except FitError:
                     costs[groups] = math.inf
                     del fronts[groups]
             if not fronts:

@@ -52,7 +52,7 @@ class Decoder:
     device: torch.device  # where hidden states begin, and where offloaded layers compute
     batch_bytes: int = CPU_BATCH  # that a batch may take inside a layer
     longest_group: int = LONGEST_GROUP  # layers that may become one; fewer where memory allows no more
-    states: Literal["device", "host", "disk"] = "device"  # where lists of hidden states rest
+    resting_place: Literal["device", "host", "disk"] = "device"  # of lists of hidden states
     scratch: Path | None = None  # folder for files; None: that for temporary ones, and no layer is written to a disk
     _inputs: dict[Any, dict[str, Any]]  # of layers of each kind, for states of the last shape
     _inputs_shape: Any = None
@@ -198,7 +198,7 @@ class Decoder:
         mixer = family.mixer_module(new).train(layer.training)
         mixer.requires_grad_(layer.mlp.down_proj.weight.requires_grad)
         mixer.config, mixer.layer_idx = self.config, family.mixer_module(layer).layer_idx
-        if family.linear:
+        if family.delta_net:
             layer.block_type = new.block_type
         kept = {name: part for name, part in layer.named_children() if name != before}
         layer._modules = new._modules | kept  # in the order that a layer of this kind has
@@ -301,7 +301,7 @@ class Decoder:
 
     def _mask(self, states: Tensor, layer: DecoderLayer) -> Tensor | None:
         """A layer's mask of the kind that its attention takes; None where that needs none, as one token does not."""
-        if states.shape[1] == 1 or self.family.layer_mixer(layer) is self.family.linear:
+        if states.shape[1] == 1 or self.family.layer_mixer(layer) is self.family.delta_net:
             return None
         has_window = self.family.has_window(self.config, layer)
         make_mask = create_sliding_window_causal_mask if has_window else create_causal_mask

@@ -70,12 +70,17 @@ def value(module: nn.Module, name: str) -> Tensor:
 
 def named_values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The values of all parameters in a module, also of offloaded ones, one at a time; tied ones once."""
-    tied = getattr(module, "all_tied_weights_keys", {})
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta and name in tied:  # accelerate makes a parameter anew when it has computed with it
-            continue
+    for name, _ in distinct_parameters(module):
         place, _, own_name = name.rpartition(".")
         yield name, value(module.get_submodule(place), own_name)
+
+
+def distinct_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters in a module, tied ones once; those that are offloaded have no values."""
+    tied = getattr(module, "all_tied_weights_keys", {})
+    for name, parameter in module.named_parameters():
+        if not (parameter.is_meta and name in tied):  # accelerate makes a parameter anew when it has computed with it
+            yield name, parameter
 
 
 def bring_in(module: nn.Module) -> None:

@@ -206,7 +206,8 @@ class _Maker:
         """Measure on the base what these fusions need."""
         texts, work = self.texts.used_by(*configs), Path(self._work.name)
         measured = pipeline.measure_base(self._decoder, self.tokenizer, self.configs[0], texts, self._healing, work)
-        self._measured = replace(measured, averages={})  # for higher levels to go on from
+        measured.kept.averages = {}  # for higher levels to go on from
+        self._measured = measured
 
     def _fuse(self, config: FusionConfig) -> FusedForCausalLM:
         """A fusion of a copy of the base, which shares its tensors."""

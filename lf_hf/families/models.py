@@ -85,7 +85,7 @@ def free_layers(config: PretrainedConfig, selection: str) -> tuple[range, str]:
     free = range(first, text.num_hidden_layers) if is_last else range(max(1, first), text.num_hidden_layers - 1)
     family = family_of(text)
     attend = [n for n, kind in enumerate(family.config_kinds(text)) if family.mixer(kind) is family.attention]
-    if family.linear is None or not all(number in free for number in attend):
+    if family.delta_net is None or not all(number in free for number in attend):
         return free, why
     kept = min(attend, default=free.stop) if is_last else max(attend, default=free.start)
     why = f"of which layer {kept} and those {'below' if is_last else 'above'} stay, so that one has attention"

@@ -51,7 +51,7 @@ class Shape:
             size=size,
             has_norm_after=family.mlp.after is not None,
             has_head_norms=family.head_norms is not None,
-            delta=_delta_bytes(text) if family.linear else 0,
+            delta=_delta_bytes(text) if family.delta_net else 0,
         )
 
     @property

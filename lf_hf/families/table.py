@@ -89,7 +89,7 @@ class Family:
     rotary: str = ""  # after the title in the name of its rotary embedding
     attention: Half = field(default_factory=attention_half)
     mlp: Half = field(default_factory=mlp_half)
-    linear: Half | None = None  # in the place of attention in layers of type "linear_attention", where there are some
+    delta_net: Half | None = None  # in the place of attention in layers of type "linear_attention"
     gain_offset: float = 0.0  # norms multiply by this plus their weight
     # Whether queries and keys have norms: of each head, with gains that all heads share, in front of rotary embeddings
     # ("each") or behind them ("turned"); or over all heads of a layer.
@@ -146,7 +146,7 @@ class Family:
     def parameter_names(self) -> set[str]:
         """Names of all parameters that a layer may have, as `unpacked` gives them."""
         names = {f"{norm}.weight" for norm in self.norms}
-        for half in filter(None, (self.attention, self.linear, self.mlp)):
+        for half in filter(None, (self.attention, self.delta_net, self.mlp)):
             names |= {f"{name}.{kind}" for name in (*half.readers, half.writer) for kind in ("weight", "bias")}
             names.update(half.inner)
         return names
@@ -162,7 +162,7 @@ class Family:
         """
         axes = []
         halves: list[tuple[Half, tuple[str, ...]]] = [(self.mlp, ("mlp", "mlp"))]
-        if self.linear is None:
+        if self.delta_net is None:
             halves.append((self.attention, ("query", "key_value", "key_value")))
         for half, moved in halves:
             for name, permutation in zip(half.readers, moved, strict=True):
@@ -212,7 +212,7 @@ class Family:
     def layer_kind(self, layer: DecoderLayer) -> Kind:
         """The kind of a layer, wherever it is."""
         kind: dict[str, Any] = {}
-        if self.linear and hasattr(layer, self.linear.module):
+        if self.delta_net and hasattr(layer, self.delta_net.module):
             kind["layer_types"] = _LINEAR
         elif "layer_types" in self.layer_lists:
             window = getattr(layer.self_attn, "sliding_window", None)
@@ -224,7 +224,7 @@ class Family:
 
     def mixer(self, kind: Kind) -> Half:
         """The half of a layer of some kind that comes before its MLP: attention, or what is in its place."""
-        return self.linear if self.linear and kind["layer_types"] == _LINEAR else self.attention
+        return self.delta_net if self.delta_net and kind["layer_types"] == _LINEAR else self.attention
 
     def layer_mixer(self, layer: DecoderLayer) -> Half:
         """The half of a layer that comes before its MLP."""
@@ -339,7 +339,7 @@ _ALL = (
     Family("ministral3", "Ministral3", window="sliding_window"),
     replace(_OLMO2, model_type="olmo3", title="Olmo3", layer_lists=("layer_types",)),
     Family("seed_oss", "SeedOss"),
-    replace(_QWEN3, model_type="qwen3_5_text", title="Qwen3_5", rotary="Text", linear=_DELTA_NET, gain_offset=1.0),
+    replace(_QWEN3, model_type="qwen3_5_text", title="Qwen3_5", rotary="Text", delta_net=_DELTA_NET, gain_offset=1.0),
 )
 FAMILIES = MappingProxyType({family.model_type: family for family in _ALL})
 """All families by `model_type`."""

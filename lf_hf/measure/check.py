@@ -35,15 +35,12 @@ _TINY |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_he
 _TINY |= {"_attn_implementation": "eager", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
-def check_model(decoder: Decoder) -> int:
-    """Raise ValueError if the model cannot be fused; else return its number of parameters."""
+def check_model(decoder: Decoder) -> None:
+    """Raise ValueError if the model cannot be fused."""
     check_family_entry(decoder.model_config)
-    num_parameters = 0
     for name, parameter in decoder.named_parameters():
         if not is_finite(parameter):
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
-        num_parameters += parameter.numel()
-    return num_parameters
 
 
 def check_family_entry(config: PretrainedConfig) -> None:

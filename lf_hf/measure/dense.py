@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.decoder.demand import Need, Setup, Work
+from lf_hf.decoder.placement import distinct_parameters
 from lf_hf.measure.check import check_model
 from lf_hf.measure.generating import text_writer, writing
 from lf_hf.measure.judge import Judged, judge_dense, judging_dense, write_continuations
@@ -76,6 +77,14 @@ class CalibrationText(NamedTuple):
         return held_out, self._replace(given=rest)
 
 
+@dataclass
+class Kept:
+    """What fusions of one base leave to those that follow: each adds to it."""
+
+    group_costs: dict[Group, float] = field(default_factory=dict)  # of short groups
+    averages: dict[AverageKey, MadeLayer] | None = None  # none where none are to be kept
+
+
 @dataclass(frozen=True)
 class Measurements:
     """What is measured on the dense model before it is fused.
@@ -90,8 +99,7 @@ class Measurements:
     text: CalibrationText | None = None
     continuations: dict[str, str] = field(default_factory=dict)  # by prompt; none where it would take long
     base_digest: str | None = None  # `weights_digest` of the model
-    group_costs: dict[Group, float] = field(default_factory=dict)  # of short groups; what a fusion measures is added
-    averages: dict[AverageKey, MadeLayer] | None = None  # kept where fusions to several levels follow each other
+    kept: Kept = field(default_factory=Kept)
 
     def used_by(self, config: FusionConfig) -> Measurements:
         """The same without what a fusion with `config` does not use."""
@@ -131,7 +139,7 @@ def measure(
     Fusions with `config.averages` use samples, and those with `config.needs_text` a corpus. Raises ValueError if the
     model cannot be fused, there are too few samples or too little text, or weights or activations are not finite.
     """
-    parameters = check_model(decoder)
+    check_model(decoder)
     clock = Clock()
     with clock("perplexity"):
         judged = judge_dense(decoder, tokenizer, config.perplexity_tokens)
@@ -148,6 +156,7 @@ def measure(
             text = tokenize_corpus(decoder, tokenizer, corpus, config)
     digest = weights_digest(decoder.named_parameters())
     give_back_freed()
+    parameters = sum(parameter.numel() for _, parameter in distinct_parameters(decoder.model))
     return Measurements(parameters, judged, clock.seconds, similarity, text, continuations, digest)
 
 

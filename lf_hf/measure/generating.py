@@ -17,11 +17,10 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder, Head
 from lf_hf.decoder.demand import Need, Setup, Work, times
-from lf_hf.runtime.amounts import WRITTEN_LENGTH, WRITTEN_TOGETHER
+from lf_hf.runtime.amounts import LOGITS_IN_CACHE, WRITTEN_LENGTH, WRITTEN_TOGETHER
 from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm, bos_prefix, chat_form, special_tokens
 
-_IN_CACHE = 1 << 18  # about how many logits the CPU works on at a time, in float32
 _SAMPLED = -1  # in place of a given token: one that is sampled
 _BELOW_ONE = 1 - 2**-20  # keeps a point below the sum of all probabilities in spite of rounding
 
@@ -131,7 +130,7 @@ def _sample_tokens(logits: Tensor, points: Tensor) -> Tensor:
     """Tokens (count,) in whose part of the cumulated probabilities the points lie, which are uniform in 0..1."""
     rows = len(logits)
     if logits.device.type == "cpu":
-        rows = max(1, _IN_CACHE // logits.shape[1])
+        rows = max(1, LOGITS_IN_CACHE // logits.shape[1])
     sampled = []
     for part, point in zip(logits.split(rows), points.split(rows), strict=True):
         cumulated = part.float().softmax(-1).cumsum(-1)

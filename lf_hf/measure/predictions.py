@@ -16,11 +16,9 @@ from torch.nn.functional import linear
 from lf_hf.decoder.decoder import Decoder, Head
 from lf_hf.decoder.demand import Setup
 from lf_hf.report.data import TextFigures
-from lf_hf.runtime.amounts import LOGITS
+from lf_hf.runtime.amounts import LOGITS, LOGITS_IN_CACHE
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
-
-_IN_CACHE = 1 << 18  # about how many of them the CPU works on at a time, in float32
 
 Batches = Mapping[str, Sequence[Tensor]]
 """For each text by name: token ids of shape (sequences B, tokens T), or states of shape (B, T, hidden)."""
@@ -120,7 +118,7 @@ def _log_probs(models: Sequence[HeadAndStates], vocab_size: int) -> Iterator[lis
 
     The head takes many tokens at once, as each product reads all of it; later steps take as few as fit the cache.
     """
-    rows, fewer = (max(1, logits // vocab_size) for logits in (LOGITS, _IN_CACHE))
+    rows, fewer = (max(1, logits // vocab_size) for logits in (LOGITS, LOGITS_IN_CACHE))
     heads = [head for head, _ in models]
     for batch in zip(*(states for _, states in models), strict=True):
         for parts in _rows_of([states.flatten(0, 1) for states in batch], rows):

@@ -40,8 +40,8 @@ from lf_hf.refit.layer_parts import (
     with_gain,
     with_one_norm,
 )
-from lf_hf.refit.regression import FitOverflow, Solver, expanded, solving
-from lf_hf.refit.states import States, keep
+from lf_hf.refit.regression import FitError, Solver, expanded, solving
+from lf_hf.refit.states import States, drained, keep
 from lf_hf.refit.traces import Traces
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.amounts import TOKEN_STRIDE, num_candidates
@@ -61,23 +61,19 @@ def fit_group(
     """Fit one layer to do to `states` what a group of layers did to theirs.
 
     `traces` are of calibration text that passed the group, and `states` (sequences B, tokens T, hidden) the same text
-    in front of the layer that is made. The list of layers, whose first has the number `first`, is emptied, and so are
-    those of the traces as they are used: what nobody else holds is freed.
+    in front of the layer that is made. The layers, whose first has the number `first`, and the traces are `drained`.
 
     A rough fit keeps the largest channels, chooses key-value groups in one round, and fits once in front of norms: many
     times faster, and good enough to compare groups.
 
-    Raises FitOverflow if a weight that was fitted, or what it is fitted to, is beyond its dtype, and ValueError if the
-    text is too little for a fit that is stable.
+    Raises FitError if a weight that was fitted, or what it is fitted to, is beyond its dtype, or the text is too little
+    for a fit that is stable.
     """
     family, device = decoder.family, layers[0].mlp.down_proj.weight.device
     kinds = [family.layer_kind(layer) for layer in layers]
     if states and states[0].device != device:  # the layers of a model on several devices come together on the first
         states = keep(decoder, (state.to(device) for state in states))
-    group: list[dict[str, Tensor]] = []
-    while layers:
-        weights = family.unpacked(layers.pop(0))
-        group.append({name: weight.to(device) for name, weight in weights.items()})
+    group = [{name: weight.to(device) for name, weight in family.unpacked(layer).items()} for layer in drained(layers)]
 
     attention = HalfFit(decoder, family.mixer(kinds[0]), states, traces.attended, traces.solver, ridge)
     kind, attended = fit_attention(attention, group, traces.attention_maps, kinds)
@@ -101,7 +97,7 @@ def _read_entry(attended: FittedHalf, gated: FittedHalf, fitted: Weights, solver
     solver.check(codes.tolist())
     for (name, weight), holds in zip(fitted.items(), finite.tolist(), strict=True):
         if not holds:
-            raise FitOverflow(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
+            raise FitError(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
     error_before, error_after, attention_error = errors.tolist()
     shares = channels / channels.sum()
     return FusedLayer(
@@ -120,7 +116,7 @@ def fit_attention(
 ) -> tuple[Kind, FittedHalf]:
     """The attention of a group's layers as one, with the first layer's MLP; and the kind of the layer that it makes.
 
-    `problems` is a list of one, of maps from what the fused layer's attention reads to what theirs read; it is emptied.
+    `problems` is a list of one, of maps from what the fused layer's attention reads to what theirs read.
     """
     family = fit.decoder.family
     maps = [None, *solve_maps(problems.pop(), fit.ridge)][-len(group) :]  # None for a first layer that reads the same
@@ -129,7 +125,7 @@ def fit_attention(
         for weights, input_map, kind in zip(group, maps, kinds, strict=True)
     ]
     del maps
-    return _keep_one_mixer(fit, layers, kinds) if family.linear else _select_heads(fit, layers, kinds)
+    return _keep_one_mixer(fit, layers, kinds) if family.delta_net else _select_heads(fit, layers, kinds)
 
 
 def _keep_one_mixer(
@@ -183,11 +179,10 @@ def _select_heads(fit: HalfFit, layers: Sequence[dict[str, Tensor]], kinds: Sequ
 def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) -> FittedHalf:
     """The MLPs of a group's layers as one: the best channels of all layers, and a down_proj for them.
 
-    `group` has the layers' weights, and `read` the streams in front of their MLPs; both are emptied, to make room.
+    `group` has the layers' weights, and `read` the streams in front of their MLPs.
     """
     half, count, keep = fit.half, len(group), fit.decoder.config.intermediate_size
-    maps = _maps_to(fit, read, group[0]["mlp.down_proj.weight"])
-    read.clear()
+    maps = _maps_to(fit, [*drained(read)], group[0]["mlp.down_proj.weight"])
     sizes = fit.measure_sizes(map(partial(folded, half), group, maps), [None] * count)
     limit = keep if fit.solver.rough_tokens else num_candidates(count * keep, keep)
     channels = torch.arange(count * keep, device=maps[0].device)
@@ -197,10 +192,9 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
         for number, chosen in enumerate(channels.split(of_layers)):
             rows = chosen - number * keep
             group[number] = selected(half, group[number], rows, rows)
-    for number in range(count):
-        group[number] = folded(half, group[number], maps.pop(0))
+    group = [folded(half, weights, input_map) for weights, input_map in zip(drained(group), drained(maps), strict=True)]
     weights = stacked(half, group, sizes)
-    group.clear()
+    del group
     problem = fit.build_problem(weights, fit.writer_inputs(weights, kind=None))
     if len(channels) > keep:
         chosen = problem.prune(weights["mlp.down_proj.weight"], keep)

@@ -108,7 +108,7 @@ def written_by(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor)
     if half is family.mlp:
         return module(read)
     inputs = decoder.layer_inputs(state, layer)
-    if half is family.linear:
+    if half is family.delta_net:
         return module(read, attention_mask=inputs["attention_mask"])
     return module(hidden_states=read, **inputs)[0]
 

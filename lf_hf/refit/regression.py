@@ -25,8 +25,8 @@ PRUNING_ROUNDS = 4
 _OVERFLOWS, _IS_UNSTABLE = 1, 2
 
 
-class FitOverflow(ValueError):
-    """A weight that is fitted, or what it is fitted to, is beyond its dtype."""
+class FitError(ValueError):
+    """A fit has no result: a weight, or what it is fitted to, is beyond its dtype, or the text is too little for it."""
 
 
 class Solver:
@@ -66,12 +66,12 @@ class Solver:
 
     @staticmethod
     def check(codes: Sequence[float]) -> None:
-        """Raise the first failure's error, a FitOverflow or a ValueError, if there is one."""
+        """Raise FitError for the first failure, if there is one."""
         failure = next(filter(None, codes), None)
         if failure == _OVERFLOWS:
-            raise FitOverflow("The activations of a layer that is refitted overflow; use a dtype of wider range.")
+            raise FitError("The activations of a layer that is refitted overflow; use a dtype of wider range.")
         if failure == _IS_UNSTABLE:
-            raise ValueError("The fit to this calibration text is not stable; give more text, or raise ridge.")
+            raise FitError("The fit to this calibration text is not stable; give more text, or raise ridge.")
 
 
 class Solution(NamedTuple):

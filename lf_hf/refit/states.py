@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from lf_hf.decoder.hidden_states import are_finite, check_finite
 from lf_hf.families.table import DecoderLayer
 from lf_hf.runtime.numerics import to_host
 
+T = TypeVar("T")
 Fetch = Callable[[], Tensor]
 States = Sequence[Tensor]
 """Batches of states on their way through the layers, each of shape (sequences B, tokens T, hidden)."""
@@ -69,15 +70,24 @@ class _Fetched(Sequence[Tensor]):
         return self._fetches[index]()
 
 
+def drained(items: list[T]) -> Iterator[T]:
+    """The items of a list, in order, which gives them up one by one: what nobody else holds is freed in between.
+
+    So a fit hands over layers and states, which are gigabytes, and holds each no longer than it needs it.
+    """
+    while items:
+        yield items.pop(0)
+
+
 StateList = list[Tensor] | _Fetched
 """A list of states that grows."""
 
 
 def new_list(decoder: Decoder) -> StateList:
     """A list that is empty, to which states can be appended."""
-    if decoder.states == "device":
+    if decoder.resting_place == "device":
         return []
-    return _Fetched(_into_memory if decoder.states == "host" else _into_file(decoder.scratch))
+    return _Fetched(_into_memory if decoder.resting_place == "host" else _into_file(decoder.scratch))
 
 
 def keep(decoder: Decoder, states: Iterable[Tensor]) -> States:

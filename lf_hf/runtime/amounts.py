@@ -22,6 +22,7 @@ STEP_TOKENS = 2048  # of a step of a fused layer's training at least, of all pro
 EVALUATIONS = 2  # looks of a healing at held-out text, when it keeps its state; one more is before the first step
 LOGITS = 1 << 24  # of a model that exist at a time, about: with a large vocabulary those of few tokens
 TRAINED_LOGITS = 1 << 26  # the same in a step of healing, in the type of its computation
+LOGITS_IN_CACHE = 1 << 18  # of those at a time in float32 on the CPU, about: of predictions, not of training
 FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU = 1 << 24, 1 << 17  # of those at a time in float32: on the CPU in its cache
 
 # Regression compares the largest channels: 6144, or 1.25 times as many as are kept if that is more. Two float32 squares

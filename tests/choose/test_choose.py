@@ -98,8 +98,17 @@ def test_groups_whose_fits_overflow_are_not_taken() -> None:
     found = choice(model, 2, measured)
     assert all(math.isinf(cost) == (first <= 3 <= last) for (first, last), cost in found.costs.items())
     assert all(math.isfinite(found.costs[group]) for group in found.groups)
-    with pytest.raises(ValueError, match="No groups of layers that leave 4 fewer can be computed with"):
+    with pytest.raises(ValueError, match="No groups of layers that leave 4 fewer can be fitted"):
         choice(model, 4, measured)
+
+
+@torch.no_grad()
+def test_groups_whose_fits_are_not_stable_are_not_taken() -> None:
+    model = make_llama(num_hidden_layers=7)
+    mlp = model.model.layers[3].mlp  # all of its channels are alike
+    mlp.gate_proj.weight[:], mlp.up_proj.weight[:], mlp.down_proj.weight[:] = 1, 1, 1
+    found = choose(Decoder(model), FusionConfig(2, "refit", ridge=1e-30), measured_text(TEXT))
+    assert all(math.isinf(cost) == (first <= 3 <= last) for (first, last), cost in found.costs.items())
 
 
 @pytest.mark.parametrize("lengths", [[512] * 40, [*[128] * 5, 512] * 20, [2200, *[128] * 9] * 9, [64] * 3, [40]])

@@ -319,7 +319,7 @@ def test_states_on_disk_are_the_same_and_leave_it_when_dropped(tmp_path: Path, m
     states = [normal(2, 5, 4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     decoder = Decoder(make_llama())
-    decoder.states = "disk"
+    decoder.resting_place = "disk"
     kept, other = keep(decoder, states), keep(decoder, states)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, states, strict=True))
     assert len(kept) == 2 and torch.equal(kept[-1], states[-1])
