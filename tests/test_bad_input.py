@@ -82,6 +82,7 @@ def sharded(edit: Edit | None = None, **weight_map: str) -> Edit:
     return change
 
 
+GPTQ, OWN = {"quant_method": "gptq", "bits": 4}, {"quant_method": "own"}
 INDEX = "model.safetensors.index.json"
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"
 
@@ -181,7 +182,8 @@ ROWS: dict[str, Row] = {
     "a device of several": (python, {"device_map": {"": "cpu", "lm_head": "cuda:77"}}, "'cuda:77' cannot be used"),
     # The base: its config and its tokenizer
     "layers of different kinds": (python, {}, "of different kinds", config(per_layer_config={"1": {"head_dim": 8}})),
-    "quantised": (python, {}, "is quantised; fuse the original", config(quantization_config={"quant_method": "gptq"})),
+    "quantised": (python, {}, "by gptq, which .* not undo; fuse", config(quantization_config=GPTQ)),
+    "quantised by something": (python, {}, "Unknown quantization type, got own", config(quantization_config=OWN)),
     "weights of another name": (python, {}, "='other' in its config; remove", config(transformers_weights="other")),
     "one layer": (python, {}, "has 1 layer; .* needs at least 2", config(num_hidden_layers=1)),
     "no heads": (python, {}, "has a config from which no Llama can be built", config(num_key_value_heads=0)),

@@ -30,13 +30,13 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.card import CARD_NAME, base_license
+from lf_hf.checkpoint.dequantising import Quantisation, take_quantisation
 from lf_hf.checkpoint.saving import PROCESSOR_FILES, finish_save
 from lf_hf.checkpoint.weights import (
     CHECKPOINT_FILES,
     UNREAD,
     local_folder,
     stored_dtype,
-    tensor_files,
     tensor_types,
     weight_files,
 )
@@ -67,13 +67,15 @@ class Base:
     name: str
     config: PreTrainedConfig
     loading: Mapping[str, Any]
+    quantisation: Quantisation | None = None
+    """How the weights are stored, if not in plain floats."""
 
     @classmethod
     def open(cls, name: str | os.PathLike[str] | Base, loading: Mapping[str, Any]) -> Base:
         """Read the config of a checkpoint; one that is open stays as it is.
 
-        Raises ValueError if there is no model in plain floats of a family that can be fused, or if `loading` holds an
-        argument that cannot be used.
+        Raises ValueError if there is no model of a family that can be fused, in plain floats or such numbers as
+        transformers dequantises here, or if `loading` holds an argument that cannot be used.
         """
         if isinstance(name, Base):
             if loading:
@@ -93,10 +95,16 @@ class Base:
         hub = hub_arguments(loading)
         if optional_file(name, ADAPTER_CONFIG_NAME, hub):
             raise ValueError(f"{name!r} is an adapter, not a model; merge it into its base, and fuse that.")
-        config = _as_text(read_config(name, hub))
+        config = read_config(name, hub)
+        stored = take_quantisation(config)
+        config = _as_text(config)
         if problem := _problem(name, config, loading):
             raise ValueError(f"{name!r} {problem}.")
-        return cls(name, config, loading)
+        if stored is None:
+            return cls(name, config, loading)
+        if loading["dtype"] == "auto":
+            loading["dtype"] = torch.bfloat16
+        return cls(name, config, loading, Quantisation.open(name, stored))
 
     @property
     def text_config(self) -> PreTrainedConfig:
@@ -188,8 +196,13 @@ class Base:
         if self._weights == _SAFETENSORS:
             loading["use_safetensors"] = True
             weights = local_folder(self.name, hub_arguments(self.loading), [_SAFETENSORS])  # which downloads them
-            tensor_files(weights, loading.get("variant"))
+            for file in weight_files(weights, loading.get("variant")):
+                tensor_types(file, plain=self.quantisation is None)
             loading.pop("force_download", None)  # as that has fetched them again
+        if self.quantisation is not None:
+            self.quantisation.check_place(self.name, loading.get("device_map"))
+            loading["config"] = copy.deepcopy(self.config)
+            loading["config"].quantization_config = dict(self.quantisation.config)
         # A TypeError is for an argument that nobody takes, before weights are read.
         with explained(f"{self.name!r} cannot be loaded", "check the arguments", TypeError):
             model, info = model_class(self.config).from_pretrained(self.name, **loading)
@@ -206,6 +219,8 @@ class Base:
             problem = f"holds {min(unknown)!r}, which its config.json does not know"
         if problem:
             raise ValueError(f"{self.name!r} {problem}; repair the base.")
+        if self.quantisation is not None:
+            self.quantisation.undo(model)
         mend_offloading(model)
         return model.eval()
 
@@ -213,9 +228,15 @@ class Base:
         """Give a fused model what it takes over from this base: how images are read, licence, revision, and a note."""
         report = model.report
         card = optional_file(self.name, CARD_NAME, self.hub)
-        license, notes = base_license(card) if card else {}, [*report.notes, *self._left_out()]
+        license, notes = base_license(card) if card else {}, [*report.notes, *self.notes()]
         model.remember(replace(report, license=license, notes=notes, revision=self.hub.get("revision")))
         model.processor_files = read_processor_files(self.name, self.config, self.hub)
+
+    def notes(self) -> list[str]:
+        """What users should know of a model that is made of this base."""
+        if self.quantisation is None:
+            return self._left_out()
+        return [self.quantisation.note(self.loaded_dtype), *self._left_out()]
 
     def _left_out(self) -> list[str]:
         """One sentence on tensors in the files that transformers leaves out for this model, where there are some."""
@@ -223,7 +244,7 @@ class Base:
         patterns = stock._keys_to_ignore_on_load_unexpected
         if not patterns or self._weights != _SAFETENSORS:
             return []
-        names = [name for file in self.files() for name in tensor_types(file)]
+        names = [name for file in self.files() for name in tensor_types(file, plain=False)]
         left_out = [pattern.strip("^") for pattern in patterns if any(re.search(pattern, name) for name in names)]
         if not left_out:
             return []
@@ -281,8 +302,6 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
     is_known = config.model_type in MODEL_TYPES
     if family is None or not is_known or not isinstance(text, family.config_class):  # of code beside a checkpoint
         return f"is a {config.model_type!r} model; {why_refused(text)}"
-    if getattr(config, "quantization_config", None):
-        return "is quantised; fuse the original floating-point checkpoint instead"
     if getattr(config, "is_heterogeneous", False):
         return "has layers of different kinds (per_layer_config); only layers of one kind fuse"
     fixed = [name for name in ("num_hidden_layers", *family.layer_lists) if loading.get(name) is not None]

@@ -65,9 +65,7 @@ class FusedForCausalLM(PreTrainedModel):
         config = model.config
         if not is_wrapper(config):  # a vision-language model is saved under the names that its base's files have
             model._weight_conversions = []
-        for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # which a loader leaves that dequantises
-            vars(model).pop(name, None)
-        for name in ("quantization_config", *NOT_KEPT):
+        for name in NOT_KEPT:
             vars(config).pop(name, None)
         config._name_or_path = model.name_or_path = ""
         model.__class__, config.__class__ = cls, cls.config_class

@@ -88,11 +88,11 @@ def stored_dtype(file: Path) -> torch.dtype:
     return str_to_torch_dtype[next(iter(tensor_types(file).values()))]
 
 
-def tensor_types(file: Path) -> dict[str, str]:
+def tensor_types(file: Path, *, plain: bool = True) -> dict[str, str]:
     """The type of each tensor in a safetensors file by the tensor's name, from the file's header.
 
-    Raises ValueError if it is damaged, or holds weights that are no plain floats: transformers would cast them to
-    floats without a word.
+    Raises ValueError if it is damaged, or if it is to be `plain` and holds weights that are no plain floats:
+    transformers would cast them to floats without a word.
     """
     with (
         explained(f"{str(file)!r} cannot be read", "if it is not whole, download it again"),
@@ -100,7 +100,7 @@ def tensor_types(file: Path) -> dict[str, str]:
     ):
         dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
     for name, dtype in dtypes.items():
-        if name.endswith((".weight", ".bias")) and dtype not in _FLOATS:
+        if plain and name.endswith((".weight", ".bias")) and dtype not in _FLOATS:
             raise ValueError(
                 f"{name!r} in {file.name!r} holds numbers of type {dtype}, not plain floats; convert the weights to "
                 "bfloat16 or float32, or use the checkpoint that they were quantised from."

@@ -40,12 +40,12 @@ def plan_fusion(inputs: FusionInputs, out: FilePath | None = None) -> DryRun:
     config, opened = inputs.config, inputs.base
     is_replaced = out is not None and check_replaceable(out, opened.name)
     plan = inputs.check(None if out is None else checked_folder(out))
-    notes = _found(out, plan, is_replaced=is_replaced)
+    notes = [*_found(out, plan, is_replaced=is_replaced), *opened.notes()]
     before, after = plan.parameters
     files = opened.files()
     for file in files:
         if file.suffix == ".safetensors":
-            tensor_types(file)  # so that it says what is wrong with one
+            tensor_types(file, plain=opened.quantisation is None)  # so that it says what is wrong with one
     stored = sum(file.stat().st_size for file in files)
     if not stored:
         stored = before * opened.loaded_dtype.itemsize
