@@ -213,30 +213,6 @@ def test_tokens_follow_from_the_models_width(
     assert FusionConfig(1).for_width(channels, layer_parameters) == FusionConfig(1)  # which needs no text
 
 
-@pytest.mark.parametrize(
-    ("method", "names"),
-    [
-        ("neural_alignment", {"seed", "kernel_scale"}),
-        ("truncate", set()),
-        ("refit", {"seed", "ridge", "calibration_tokens"}),
-        ("healed", {"seed", "ridge", "calibration_tokens", "heal_tokens"}),
-    ],
-)
-def test_settings_without_effect_are_left_out(method: str, names: set[str]) -> None:
-    depends = {"seed", "kernel_scale", "ridge", "calibration_tokens", "heal_tokens"}
-    assert FusionConfig(1, method).for_width(1536, 1).in_effect().keys() & depends == names
-    assert FusionConfig(1, method).without_effect("a file") == (["calibration"] if method == "truncate" else [])
-    given = FusionConfig(1, method, seed=5, ridge=0.2, heal_tokens=0)
-    assert {*given.without_effect(None)} == {"seed", "ridge"} - FusionConfig(1, method).in_effect().keys()
-
-
-def test_layers_that_are_to_be_left_become_fusions() -> None:
-    assert FusionConfig(target_layers=5, method="refit").for_layers(8, range(1, 7)) == FusionConfig(3, "refit")
-    for layers in (1, 8):
-        with pytest.raises(ValueError, match=f"target_layers must be 3 to 7 for a base of 8 layers, got {layers}"):
-            FusionConfig(target_layers=layers, method="refit").for_layers(8, range(1, 7))
-
-
 def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:
     config = FusionConfig(num_fusions=4, kernel_scale=2.5, rank_normalize=False, method="mka")
     strings = {name: str(value) for name, value in config.to_dict().items() if value is not None}

@@ -29,7 +29,8 @@ class Quantisation:
     def open(cls, name: str, found: Any) -> Quantisation:
         """Check what a config says. Raises ValueError for what transformers does not dequantise, at all or here."""
         problem = f"{name!r} is quantised, and cannot be dequantised here"
-        with explained(problem, f"repair its quantization_config, or {_OTHERWISE}"):
+        advice = f"install what that takes, or {_OTHERWISE}"
+        with explained(problem, advice):
             config = dict(found)
             known = AutoQuantizationConfig.from_dict(config)
         at_once = hasattr(known, "dequantize")
@@ -38,7 +39,7 @@ class Quantisation:
             raise ValueError(f"{name!r} is quantised by {method}, which transformers does not undo; {_OTHERWISE}.")
         if at_once:
             config["dequantize"] = True
-        with explained(problem, f"install what that takes, or {_OTHERWISE}"):
+        with explained(problem, advice):
             AutoHfQuantizer.from_config(config, pre_quantized=True).validate_environment(device_map=None)
         return cls(config, type(known).__name__, at_once)
 
@@ -62,8 +63,8 @@ class Quantisation:
         """What users should know of a model that is made of such a base."""
         by = f"{self.kind} of transformers" if self.kind != "CompressedTensorsConfig" else "llm-compressor"
         return (
-            f"The base is stored quantised ({self.config['quant_method']}) and was dequantised, so this model is in "
-            f"{str(dtype)[6:]}: quantise it again with {by}."
+            f"The base is stored quantised ({self.config['quant_method']}), and dequantised while it is read, so the "
+            f"result is in {str(dtype)[6:]}: quantise it again with {by}."
         )
 
 
