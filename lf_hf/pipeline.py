@@ -246,7 +246,7 @@ def fuse(
         notes=_notes(config, measured, layers, perplexities, continuations),
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
-        dtype=str(decoder.layer(0).mlp.down_proj.weight.dtype).removeprefix("torch."),
+        dtype=str(decoder.family.writer_weight(decoder.layer(0)).dtype).removeprefix("torch."),
         continuations=continuations,
         budget=budget,
         group_costs=[GroupCost(*group, cost) for group, cost in sorted(choice.costs.items())],

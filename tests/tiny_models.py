@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | rope("yarn", factor=64.0, original_max_position_embeddings=4, llama_4_scaling_beta=0.5),
     "olmo3": {"sliding_window": 5},
     "seed_oss": {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True},
+    "arcee": {"mlp_bias": True},
     "qwen3_vl_text": {"head_dim": 8} | rope("default", mrope_section=[2, 1, 1]),
 }
 SEES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 7, "image_size": 28}

@@ -100,7 +100,7 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     Raises ValueError if no set has costs that are finite.
     """
     assert measured.text is not None
-    text = split_text(measured.text, num_rough_tokens(decoder.config.intermediate_size))
+    text = split_text(measured.text, num_rough_tokens(decoder.family.mlp_width(decoder.config)))
     known = measured.kept.group_costs
     costs = GroupCosts(decoder, text, config.ridge)
     costs.by_group |= known

@@ -160,7 +160,7 @@ class Decoder:
             self._change_kind(layer, kind)
         for name, tensor in self.family.packed(weights).items():
             before = layer.get_parameter(name)
-            like = layer.mlp.down_proj.weight if before.is_meta else before
+            like = self.family.writer_weight(layer) if before.is_meta else before
             after = torch.empty_like(before, device=like.device, dtype=like.dtype).copy_(tensor)
             layer.load_state_dict({name: after}, strict=False, assign=True)
         scratch = self.scratch if self._lies_on_disk(index) else None
@@ -196,7 +196,7 @@ class Decoder:
         family = self.family
         new, before = family.new_layer(self.config, kind), family.layer_mixer(layer).module
         mixer = family.mixer_module(new).train(layer.training)
-        mixer.requires_grad_(layer.mlp.down_proj.weight.requires_grad)
+        mixer.requires_grad_(family.writer_weight(layer).requires_grad)
         mixer.config, mixer.layer_idx = self.config, family.mixer_module(layer).layer_idx
         if family.delta_net:
             layer.block_type = new.block_type
@@ -267,7 +267,7 @@ class Decoder:
             by_length.setdefault(len(sequence), []).append(number)
         batches = []
         for length, numbers in by_length.items():
-            size = batch_size(length, self.config.intermediate_size, self.batch_bytes)
+            size = batch_size(length, self.family.mlp_width(self.config), self.batch_bytes)
             batches += [numbers[first : first + size] for first in range(0, len(numbers), size)]
         return batches
 

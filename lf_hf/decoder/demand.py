@@ -47,7 +47,7 @@ class Setup:
         return min(tokens, batch_size(length, self.shape.mlp, self.batch_bytes) * length)
 
     def running(self, length: int, tokens: int) -> int:
-        """Bytes inside a layer: gate, its activation, up and their product; the stream, norms and all of attention.
+        """Bytes inside a layer: what an MLP reads, and what becomes of that; the stream, norms and all of attention.
 
         No kernel of a card takes grouped heads in float32 without all scores: these, softmaxes and which are masked.
         """
@@ -55,7 +55,7 @@ class Setup:
         scores = 0  # of a token
         if self.on_card and shape.size == 4 and shape.keys < shape.queries:
             scores = 10 * shape.heads * min(length, shape.positions)
-        return self.batch(length, tokens) * ((4 * shape.mlp + 10 * shape.hidden) * shape.size + scores)
+        return self.batch(length, tokens) * ((2 * shape.readers * shape.mlp + 10 * shape.hidden) * shape.size + scores)
 
     def states(self, tokens: int) -> int:
         """Bytes of a list of the states of so many tokens."""
@@ -85,10 +85,10 @@ def activation_bytes(shape: Shape) -> int:
     """Bytes that a layer keeps of a token for its gradient under autocast, by what torch saves.
 
     Each norm: what it reads and what it gives in float32, and a bfloat16 copy. Attention: queries, keys and values in
-    front of rotary embeddings and behind them, keys for all queries, and their norms. The MLP: gate, up, the activation
-    and their product.
+    front of rotary embeddings and behind them, keys for all queries, and their norms. The MLP: what its readers give,
+    and as many numbers in between: gate, up, the activation and their product.
     """
     norms = 4 if shape.has_norm_after else 2
     of_heads = 8 * (shape.queries + shape.keys) * shape.has_head_norms
     mixer = max(8 * (shape.queries + 2 * shape.keys) + of_heads, shape.delta)
-    return 10 * norms * shape.hidden + mixer + 8 * shape.mlp
+    return 10 * norms * shape.hidden + mixer + 4 * shape.readers * shape.mlp

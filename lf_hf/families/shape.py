@@ -19,6 +19,7 @@ class Shape:
     inner: int  # of these, those that groups by cost may have
     hidden: int
     mlp: int
+    readers: int  # matrices that an MLP reads the stream with; their products are what it writes with one more
     queries: int  # rows of q_proj
     keys: int  # of k_proj, and of v_proj
     heads: int  # of queries
@@ -40,7 +41,8 @@ class Shape:
             layers=len(layers),
             inner=len(free_layers(model.config, "groups")[0]),
             hidden=text.hidden_size,
-            mlp=text.intermediate_size,
+            mlp=family.mlp_width(text),
+            readers=len(family.mlp.readers),
             queries=text.num_attention_heads * head_dim(text),
             keys=text.num_key_value_heads * head_dim(text),
             heads=text.num_attention_heads,
@@ -70,7 +72,7 @@ class Shape:
     @property
     def adapters(self) -> int:
         """Parameters of a LoRA of rank 1 on all projections of a layer."""
-        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + 3 * (self.hidden + self.mlp)
+        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + (self.readers + 1) * (self.hidden + self.mlp)
 
 
 def _delta_bytes(text: Any) -> int:

@@ -79,7 +79,7 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One family of decoder models: RMSNorm, grouped-query attention and a gated MLP on one residual stream.
+    """One family of decoder models: RMSNorm, grouped-query attention and an MLP on one residual stream.
 
     Keys are names in the config, and "" where it has no such entry.
     """
@@ -99,7 +99,8 @@ class Family:
     # Keys of lists with an entry a layer, which layers of different kinds differ in; the first is `layer_types`.
     layer_lists: tuple[str, ...] = ()
     window: str = ""  # key of the sliding window that all layers have; where there are `layer_types`, these say which
-    activation: str = "hidden_act"  # key of the MLP's
+    activation: str = "hidden_act"  # key of the MLP's, of what its first reader gives; other readers multiply that
+    width: str = "intermediate_size"  # key of the MLP's channels
     scaled_embedding: bool = False  # whether the embedding multiplies by the root of the width
     embedding_multiplier: str = ""  # key of what multiplies embeddings
     residual_multiplier: str = ""  # key of what multiplies all that is written to the stream
@@ -161,7 +162,7 @@ class Family:
         as they are.
         """
         axes = []
-        halves: list[tuple[Half, tuple[str, ...]]] = [(self.mlp, ("mlp", "mlp"))]
+        halves: list[tuple[Half, tuple[str, ...]]] = [(self.mlp, ("mlp",) * len(self.mlp.readers))]
         if self.delta_net is None:
             halves.append((self.attention, ("query", "key_value", "key_value")))
         for half, moved in halves:
@@ -225,6 +226,15 @@ class Family:
     def mixer(self, kind: Kind) -> Half:
         """The half of a layer of some kind that comes before its MLP: attention, or what is in its place."""
         return self.delta_net if self.delta_net and kind["layer_types"] == _LINEAR else self.attention
+
+    def mlp_width(self, config: PretrainedConfig) -> int:
+        """Channels of a layer's MLP."""
+        return int(getattr(config, self.width))
+
+    def writer_weight(self, layer: DecoderLayer) -> Tensor:
+        """What a layer's MLP writes with: all matrices of a layer are of this type, where this is."""
+        weight: Tensor = layer.get_parameter(f"{self.mlp.writer}.weight")
+        return weight
 
     def layer_mixer(self, layer: DecoderLayer) -> Half:
         """The half of a layer that comes before its MLP."""
@@ -320,6 +330,7 @@ _ALL = (
     Family("qwen3_vl_text", "Qwen3VLText", head_norms="each"),
     Family("cwm", "Cwm", layer_lists=("layer_types",)),
     Family("ernie4_5", "Ernie4_5"),
+    Family("arcee", "Arcee", mlp=mlp_half(readers=("mlp.up_proj",))),
     replace(_OLMO2, model_type="exaone4", title="Exaone4", head_norms="each", layer_lists=("layer_types",)),
     Family("gemma", "Gemma", gain_offset=1.0, scaled_embedding=True),
     Family(

@@ -176,7 +176,7 @@ def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionCon
     text = model_config.get_text_config()
     free, why = free_layers(model_config, config.selection)
     config = config.for_layers(text.num_hidden_layers, free, why)
-    config = config.for_width(text.intermediate_size, num_parameters(model_config)[0])
+    config = config.for_width(family_of(text).mlp_width(text), num_parameters(model_config)[0])
     _check_kinds(config, text, free)
     return config
 

@@ -129,7 +129,7 @@ class _HeldOutText:
         self._states = self._run(layer, self._states)
 
     def _run(self, layer: DecoderLayer, states: list[Tensor]) -> list[Tensor]:
-        device = layer.mlp.down_proj.weight.device
+        device = self._decoder.family.writer_weight(layer).device
         return [self._decoder.run_layer(layer, state.to(device)) for state in states]
 
     def missed(self, layer: DecoderLayer) -> Tensor:

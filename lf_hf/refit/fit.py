@@ -30,8 +30,8 @@ from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
 from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, add_to_maps, empty_problem, solve_maps, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
+    combined_channels,
     folded,
-    gated_channels,
     mid_state,
     normalized,
     selected,
@@ -69,7 +69,7 @@ def fit_group(
     Raises FitError if a weight that was fitted, or what it is fitted to, is beyond its dtype, or the text is too little
     for a fit that is stable.
     """
-    family, device = decoder.family, layers[0].mlp.down_proj.weight.device
+    family, device = decoder.family, decoder.family.writer_weight(layers[0]).device
     kinds = [family.layer_kind(layer) for layer in layers]
     if states and states[0].device != device:  # the layers of a model on several devices come together on the first
         states = keep(decoder, (state.to(device) for state in states))
@@ -181,8 +181,8 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
 
     `group` has the layers' weights, and `read` the streams in front of their MLPs.
     """
-    half, count, keep = fit.half, len(group), fit.decoder.config.intermediate_size
-    maps = _maps_to(fit, [*drained(read)], group[0]["mlp.down_proj.weight"])
+    half, count, keep = fit.half, len(group), fit.decoder.family.mlp_width(fit.decoder.config)
+    maps = _maps_to(fit, [*drained(read)], group[0][f"{half.writer}.weight"])
     sizes = fit.measure_sizes(map(partial(folded, half), group, maps), [None] * count)
     limit = keep if fit.solver.rough_tokens else num_candidates(count * keep, keep)
     channels = torch.arange(count * keep, device=maps[0].device)
@@ -191,15 +191,15 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
         of_layers = _counts(channels, keep, count).tolist()  # shapes, for which the host has to wait
         for number, chosen in enumerate(channels.split(of_layers)):
             rows = chosen - number * keep
-            group[number] = selected(half, group[number], rows, rows)
+            group[number] = selected(half, group[number], *[rows] * len(half.readers))
     group = [folded(half, weights, input_map) for weights, input_map in zip(drained(group), drained(maps), strict=True)]
     weights = stacked(half, group, sizes)
     del group
     problem = fit.build_problem(weights, fit.writer_inputs(weights, kind=None))
     if len(channels) > keep:
-        chosen = problem.prune(weights["mlp.down_proj.weight"], keep)
+        chosen = problem.prune(weights[f"{half.writer}.weight"], keep)
         channels = channels[chosen]
-        weights = selected(half, weights, chosen, chosen)
+        weights = selected(half, weights, *[chosen] * len(half.readers))
     return fit.fit_writer(weights, _counts(channels, keep, count), problem, kind=None)
 
 
@@ -220,7 +220,7 @@ def _largest(
     The maps are not folded into the layers: to map what is read takes less than to map all that reads it.
     """
     half, decoder = fit.half, fit.decoder
-    down = stacked_writers(half, group, sizes)["mlp.down_proj.weight"]
+    down = stacked_writers(half, group, sizes)[f"{half.writer}.weight"]
     norms = torch.cat([part.float().square().sum(0) for part in down.split(256, dim=1)]).sqrt()  # of what each writes
     maps = [with_gain(half, weights, input_map).to(down) for weights, input_map in zip(group, maps, strict=True)]
     size = torch.zeros_like(norms)
@@ -230,7 +230,7 @@ def _largest(
         read = normalized(decoder, half, some).flatten(0, 1)
         parts = zip(size.chunk(len(maps)), norms.chunk(len(maps)), group, maps, strict=True)
         for of_layer, written, weights, input_map in parts:
-            x = gated_channels(decoder, weights, linear(read, input_map))
+            x = combined_channels(decoder, weights, linear(read, input_map))
             of_layer += token_weight @ (x.float() * written).square()
     return size.topk(limit).indices.sort().values
 
@@ -248,25 +248,26 @@ def fitting(setup: Setup, length: int, tokens: int, joined: int, *, is_rough: bo
     wide, heads = joined * mlp, joined * shape.queries
     compared = mlp if is_rough else num_candidates(wide, mlp)
     # The maps, a reader in float32, and the wide half in its own numbers; then its compared channels, twice.
-    widened = 4 * joined * hidden**2 + 8 * hidden * mlp + 3 * hidden * max(wide, 2 * compared) * size
-    chosen = 3 * hidden * (compared + mlp) * size
+    matrices = shape.readers + 1
+    widened = 4 * joined * hidden**2 + 8 * hidden * mlp + matrices * hidden * max(wide, 2 * compared) * size
+    chosen = matrices * hidden * (compared + mlp) * size
     solved = partial(solving, setup, tokens, is_rough=is_rough)
     of_maps, map_work = solved(hidden, hidden, joined * hidden)
     of_heads, head_work = solved(heads, shape.queries, hidden)
     of_channels, channel_work = solved(compared, mlp, hidden)
     if shape.has_norm_after:  # the second problem beside the first one
         of_channels += 4 * (mlp**2 + hidden * mlp)
-    channels = batch * max(compared, heads) * (3 * size + 4)  # gate, up, their product, and it in float32
+    channels = batch * max(compared, heads) * (matrices * size + 4)  # of readers, and their product
     inside = channels + max(widened, of_maps, chosen + of_channels, chosen + of_heads)
-    mapped = 2 * compared + joined * (shape.queries + 2 * shape.keys)  # rows of readers
+    mapped = shape.readers * compared + joined * (shape.queries + 2 * shape.keys)  # rows of readers
     work = setup.forward(tokens, 0 if is_rough else joined)  # in choosing layers run once for all groups
     work += times(map_work, 2)
     work += Work({setup.own_product: 2 * hidden**2 * mapped})
     twice = 1 + shape.has_head_norms
     work += Work(layer=2 * tokens * hidden * (shape.queries + 2 * shape.keys) * joined * twice)
     if compared < wide:  # by some of the tokens
-        work += Work(layer=tokens // TOKEN_STRIDE * hidden * (4 * wide + 2 * joined * hidden))
-    work += Work(layer=4 * tokens * hidden * compared)
+        work += Work(layer=tokens // TOKEN_STRIDE * hidden * (2 * shape.readers * wide + 2 * joined * hidden))
+    work += Work(layer=2 * shape.readers * tokens * hidden * compared)
     work += head_work + channel_work
     if shape.has_norm_after:
         work += Work(layer=12 * tokens * hidden * (mlp + shape.queries))

@@ -5,6 +5,7 @@ Weights have the names of `Family.unpacked` here, and norms' gains are what they
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -138,15 +139,18 @@ def attention_heads(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Ten
 
 
 def mlp_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor:
-    """What down_proj reads, of an MLP that `stacked` made: (sequences B, tokens T, hidden) -> (B * T, channels)."""
-    return gated_channels(decoder, weights, normalized(decoder, decoder.family.mlp, residual).flatten(0, 1))
+    """What an MLP's writer reads, of one that `stacked` made: (sequences B, tokens T, hidden) -> (B * T, channels)."""
+    return combined_channels(decoder, weights, normalized(decoder, decoder.family.mlp, residual).flatten(0, 1))
 
 
-def gated_channels(decoder: Decoder, weights: Weights, read: Tensor) -> Tensor:
+def combined_channels(decoder: Decoder, weights: Weights, read: Tensor) -> Tensor:
     """The same from what its readers read, of shape (tokens T, hidden)."""
     family = decoder.family
-    gate, up = (linear(read, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in family.mlp.readers)
-    return ACT2FN[getattr(decoder.config, family.activation)](gate) * up
+    first, *others = (
+        linear(read, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in family.mlp.readers
+    )
+    activated: Tensor = ACT2FN[getattr(decoder.config, family.activation)](first)
+    return math.prod(others, start=activated)
 
 
 def selected(half: Half, weights: Weights, *rows: Tensor | slice) -> dict[str, Tensor]:

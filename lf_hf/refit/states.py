@@ -100,7 +100,7 @@ def keep(decoder: Decoder, states: Iterable[Tensor]) -> States:
 
 def run_states(decoder: Decoder, layer: DecoderLayer, states: States) -> States:
     """Run one layer, where its weights are."""
-    device = layer.mlp.down_proj.weight.device
+    device = decoder.family.writer_weight(layer).device
     return keep(decoder, (decoder.run_layer(layer, state.to(device)) for state in states))
 
 

@@ -33,7 +33,7 @@ class Traces(NamedTuple):
 def run_group(decoder: Decoder, layers: Sequence[DecoderLayer], states: States) -> Iterator[Pass]:
     """Run the layers of a group one after the other, with all states on the first layer's device."""
     for state in states:
-        stream = [state.to(layers[0].mlp.down_proj.weight.device)]
+        stream = [state.to(decoder.family.writer_weight(layers[0]).device)]
         for layer in layers:
             stream.append(mid_state(decoder, layer, stream[-1]))
             stream.append(after_half(decoder, decoder.family.mlp, layer, stream[-1]))
@@ -54,7 +54,7 @@ def trace(
     `states` are the same text in front of the layer that is made; None where that is what the group's first one reads.
     `rough_tokens` are those of all batches together, for a rough fit.
     """
-    like = layers[0].mlp.down_proj.weight
+    like = decoder.family.writer_weight(layers[0])
     solver = Solver(rough_tokens)
     half = decoder.family.layer_mixer(layers[0])
     equal, hidden = int(states is None), decoder.config.hidden_size

@@ -42,8 +42,8 @@ def tune(
     By AdamW on squared errors, weighted as in fits. `states` and `targets` (sequences B, tokens T, hidden) are the
     stream in front of the layer, and as it should be after it, of the text that `steps` are of.
     """
-    device = layer.mlp.down_proj.weight.device
-    dtype = layer.mlp.down_proj.weight.dtype
+    like = decoder.family.writer_weight(layer)
+    device, dtype = like.device, like.dtype
     computed = torch.bfloat16 if dtype == torch.float16 else dtype  # in which gradients do not underflow
     weights = {
         name: parameter.detach().to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()

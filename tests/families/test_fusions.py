@@ -22,7 +22,7 @@ from lf_hf import FusionConfig
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families import models
 from lf_hf.families.models import MODEL_TYPES, family_of, text_model
-from lf_hf.families.table import FAMILIES, PROJECTIONS, attention_half, head_dim, mlp_half
+from lf_hf.families.table import FAMILIES, PROJECTIONS, Family, attention_half, head_dim, mlp_half
 from lf_hf.inputs.fusion import for_model
 from lf_hf.measure.check import check_family_entry
 from lf_hf.measure.dense import measure
@@ -205,15 +205,17 @@ def test_a_family_that_computes_something_else_is_refused(what: str, monkeypatch
         check_family_entry(config)
 
 
-BEFORE = {"attention": attention_half(before="post_attention_layernorm"), "mlp": mlp_half(before="input_layernorm")}
-AFTER = {
-    "attention": attention_half(before=None, after="post_feedforward_layernorm"),
-    "mlp": mlp_half(before=None, after="post_attention_layernorm"),
-}
+def with_norms_swapped(family: Family) -> dict[str, Any]:
+    """A wrong entry for any family: attention has the norms of the MLP, and the MLP those of attention."""
+    attention, mlp = family.attention, family.mlp
+    return {
+        "attention": dataclasses.replace(attention, before=mlp.before, after=mlp.after),
+        "mlp": dataclasses.replace(mlp, before=attention.before, after=attention.after),
+    }
+
+
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("cwm", {"layer_lists": ()}),
-    ("ernie4_5", BEFORE),
-    ("exaone4", AFTER),
     ("exaone4", {"layer_lists": ()}),
     ("gemma", {"gain_offset": 0.0}),
     ("gemma", {"scaled_embedding": False}),
@@ -222,9 +224,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("hunyuan_v1_dense", {"head_norms": None}),
     ("ministral", {"layer_lists": ()}),
     ("ministral3", {"window": ""}),
-    ("olmo3", AFTER),
     ("olmo3", {"head_norms": None}),
-    ("seed_oss", BEFORE),
+    *((name, with_norms_swapped(family)) for name, family in FAMILIES.items() if name in MODEL_TYPES),
 ]
 
 
