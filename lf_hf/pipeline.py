@@ -154,8 +154,7 @@ def heal_folder(inputs: HealInputs, folder: Path, scratch: Path) -> FusedForCaus
             teacher = replace(teacher, head=None)
         decoder = Decoder(model)
         report = with_speed(inputs.report, model, inputs.base.config)
-        relations = {text.name: text.relation for text in report.perplexities}
-        model.remember(replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head)))
+        model.remember(replace(report, perplexities=judge(decoder, teacher.judged, teacher.head)))
         heal_fused(model, teacher, inputs.corpus, healing, work, inputs.training_args)
         _write(model, folder)
         return model
@@ -223,7 +222,7 @@ def fuse(
     else:
         choice, layers = fuse_layers(decoder, config, measured, clock=clock)
     with clock("perplexity"):
-        perplexities = judge(decoder, measured.judged, measured.relations)
+        perplexities = judge(decoder, measured.judged)
     with clock("continuations"):
         continuations = compare_continuations(decoder, tokenizer, measured.continuations)
     similarity = measured.similarity

@@ -36,8 +36,7 @@ def main() -> None:
     console.print(table(reports, scores), soft_wrap=False)
     last = list(reports)[-1]
     for judged in reports[last].perplexities:
-        by = "" if judged.relation == "unseen" else f" by {last}"
-        console.print(f"{judged.name}, {judged.tokens} tokens: {judged.label}{by}")
+        console.print(f"{judged.name}, {judged.tokens} tokens: {judged.text}")
     for task, (_, questions) in scores["dense"].items():
         if questions < FEW_QUESTIONS:
             console.print(f"{task}: {questions} questions, too few to tell models apart")

@@ -29,7 +29,7 @@ HEALED = HealingInfo(
     1,
     "the fused layers",
     [HealingPoint(0, {"a": 2.0}), HealingPoint(1, {"a": 1.0})],
-    [PerplexityInfo("docs", "prose", 4000, 6.1, 40.0, "kin", 2.5, 0.5)],
+    [PerplexityInfo("docs", "prose", 4000, 6.1, 40.0, 2.5, 0.5)],
     60.0,
 )
 
@@ -74,8 +74,8 @@ def make_report(**values: object) -> FusionReport:
         "parameters_after": 7_157_813_248,
         "calibration": [CalibrationInfo("MMLU", 57, 5000)],
         "perplexities": [
-            PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, "kin", 1.25, 0.625),
-            PerplexityInfo("reasoning", "riddles", 4000, 5.2, 20.0, "unseen", 0.75, 0.5),
+            PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, 1.25, 0.625),
+            PerplexityInfo("reasoning", "riddles", 4000, 5.2, 20.0, 0.75, 0.5),
         ],
         "similarity": [[1.0] * 32] * 32,
         "embeddings": [[[0.1, 0.2]]] * 32,

@@ -205,7 +205,7 @@ def measure_and_fuse(
 
 def calibration_text(given: Sequence[torch.Tensor], other: Sequence[torch.Tensor] = ()) -> CalibrationText:
     source = CalibrationInfo("", len(given), sum(map(len, given)))
-    return CalibrationText([*given], [], [*other], source, [], {})
+    return CalibrationText([*given], [], [*other], source, [])
 
 
 def measured_text(given: Sequence[torch.Tensor], other: Sequence[torch.Tensor] = ()) -> Measurements:

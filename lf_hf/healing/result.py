@@ -17,7 +17,6 @@ from lf_hf.report.report import CHANGED_NOTE, FusionReport
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FITTING
 from lf_hf.text.calibration import Corpus
-from lf_hf.text.judging import nearest, relations_to
 
 logger = logging.get_logger(__name__)
 _MOST_EPOCHS = 3  # more times through the same text are worth a warning
@@ -47,9 +46,7 @@ def healed_report(
     """The report of what a fused model has become by training on a corpus."""
     perplexities = report.perplexities
     if healed.kept:
-        related = relations_to(corpus.parts.values(), [kind.source for kind in healed.text])
-        relations = {text.name: nearest(text.relation, related[text.name]) for text in perplexities}
-        perplexities = judge(decoder, teacher.judged, relations, teacher.head)
+        perplexities = judge(decoder, teacher.judged, teacher.head)
     of_base = {text.prompt: text.dense for text in report.continuations}
     continuations = compare_continuations(decoder, tokenizer, of_base)
     notes = []

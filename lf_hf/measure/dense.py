@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -31,7 +30,6 @@ from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import MIXTURE_SHARE, CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS
-from lf_hf.text.judging import nearest, relations_to
 from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, split_held_out, tokenize_samples
 
 logger = logging.get_logger(__name__)
@@ -47,7 +45,6 @@ class Similarity(NamedTuple):
     influences: list[float] | None  # how much each layer changes the residual stream
     labels: list[str] | None  # MMLU subject of each sample
     source: CalibrationInfo
-    relations: Mapping[str, str]  # of judging texts to the samples, by name
     notes: list[str]
 
 
@@ -59,7 +56,6 @@ class CalibrationText(NamedTuple):
     other: list[Tensor]  # pieces of text of other kinds, which only judge
     source: CalibrationInfo
     notes: list[str]  # what users should know of it
-    relations: Mapping[str, str]  # of judging texts to it, by name
 
     @property
     def sequences(self) -> list[Tensor]:
@@ -115,12 +111,6 @@ class Measurements:
     def notes(self) -> list[str]:
         """What a user should know of all that was measured, one sentence each."""
         return [note for used in self._on_text for note in used.notes]
-
-    @property
-    def relations(self) -> dict[str, str]:
-        """How each judging text, by its name, relates to the calibration text."""
-        names = [text.name for text in self.judged]
-        return {name: nearest("unseen", *(used.relations[name] for used in self._on_text)) for name in names}
 
     @property
     def _on_text(self) -> list[Similarity | CalibrationText]:
@@ -199,7 +189,6 @@ def compare_layers(
         influences if longest > 1 else None,  # each sample's first token is left out
         samples.labels,
         CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
-        relations_to(["\n\n".join(samples.texts)]),
         notes,
     )
 
@@ -227,7 +216,7 @@ def tokenize_corpus(
     other = pack_out_of_domain(tokenizer, corpus, min(length, JUDGING_LENGTH), vocab_size)
     info = CalibrationInfo(source, len(given) + len(written), sum(map(len, [*given, *written])))
     notes = [f"{corpus.note}."] if corpus.note else []
-    return CalibrationText(given, written, other, info, notes, relations_to(corpus.parts.values(), corpus.parts))
+    return CalibrationText(given, written, other, info, notes)
 
 
 def measuring(setup: Setup, config: FusionConfig) -> Need:

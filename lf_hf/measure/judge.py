@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -87,26 +86,15 @@ def write_continuations(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) ->
     return texts
 
 
-def judge(
-    decoder: Decoder,
-    judged: Sequence[Judged],
-    relations: Mapping[str, str] = MappingProxyType({}),
-    dense_head: Tensor | None = None,
-) -> list[PerplexityInfo]:
-    """Figures of a model beside the dense one, whose head (vocab, hidden) may be another, on each judging text.
-
-    `relations` say how each text, by its name, relates to what the model was made of; "unseen" where they do not.
-    """
+def judge(decoder: Decoder, judged: Sequence[Judged], dense_head: Tensor | None = None) -> list[PerplexityInfo]:
+    """Figures of a model beside the dense one, whose head (vocab, hidden) may be another, on each judging text."""
     ids = {text.name: text.ids for text in judged}
     states = final_states(decoder, ids, "Judging")
     found = predictions(decoder, ids, states, {text.name: text.states for text in judged}, dense_head)
     infos = []
     for text in judged:
         fused, divergence, agreement = found[text.name]
-        relation = relations.get(text.name, "unseen")
-        infos.append(
-            PerplexityInfo(text.name, text.source, text.tokens, text.dense, fused, relation, divergence, agreement)
-        )
+        infos.append(PerplexityInfo(text.name, text.source, text.tokens, text.dense, fused, divergence, agreement))
     return infos
 
 

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 from lf_hf.runtime.words import plural
 
-_USED = {"unseen": "not used", "kin": "similar text was used", "seen": "partly used"}
-
 
 @dataclass(frozen=True)
 class RowMatch:
@@ -130,18 +128,13 @@ class TextFigures(NamedTuple):
 
 @dataclass(frozen=True)
 class PerplexityInfo:
-    """The figures of the fused model on a text of so many tokens, and the dense model's perplexity.
-
-    `relation` says whether the text itself ("seen") or text of its kind ("kin") was fitted or trained on, or neither
-    ("unseen").
-    """
+    """The figures of the fused model on a text of so many tokens, and the dense model's perplexity."""
 
     name: str
     text: str
     tokens: int
     dense: float
     fused: float
-    relation: str
     divergence: float
     agreement: float
 
@@ -156,14 +149,9 @@ class PerplexityInfo:
         return TextFigures(self.fused, self.divergence, self.agreement)
 
     @property
-    def label(self) -> str:
-        """The text, and its relation to what was fitted on."""
-        return f"{self.text}; {_USED[self.relation]} for fitting"
-
-    @property
     def source(self) -> str:
-        """Name, size and label."""
-        return f"{self.name}: {self.tokens:,} tokens of {self.label}"
+        """Name and size, and what the text is."""
+        return f"{self.name}: {self.tokens:,} tokens of {self.text}"
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,18 @@
-"""Text that judges a fused model: two kinds, neither of which is in any default calibration text."""
+"""Text that judges a fused model: two kinds, neither of which is in the bundled calibration text."""
 
 from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.text.calibration import DOCUMENTATION, documentation_halves
+from lf_hf.text.calibration import documentation_halves
 from lf_hf.text.mmlu import lm_eval_path
 from lf_hf.text.packing import pack_tokens
-
-_PROBES = 40  # paragraphs that are looked for in calibration text
-_SHORTEST_PROBE = 60  # characters: shorter paragraphs may be in two texts by chance
 
 PROMPTS = (
     "The first snow of the year fell on a Tuesday. By noon the whole village was",
@@ -31,24 +27,23 @@ QUESTION = "Which city is the capital of France, and what is it known for?"
 
 @dataclass(frozen=True)
 class JudgingText:
-    """A text by the head of its column; `kin` names the part of a corpus that is of its kind, if there is one."""
+    """A text by the head of its column; `source` says what it is, and what of its kind is in the bundled text."""
 
     name: str
     source: str
     text: str
-    kin: str | None = None
 
 
 def judging_texts() -> list[JudgingText]:
     """The second half of Python's documentation, and worked reasoning questions, as far as they are installed.
 
-    The second, which lm-eval ships, is of a kind that the default calibration text does not have: the BIG-bench Hard
-    examples (Suzgun et al., arXiv:2210.09261).
+    The second are the BIG-bench Hard examples (Suzgun et al., arXiv:2210.09261) that lm-eval ships.
     """
-    source = f"documentation of Python {platform.python_version()}, second half"
-    docs = JudgingText("docs", source, documentation_halves()[1], DOCUMENTATION)
-    reasoning = JudgingText("reasoning", "worked BIG-bench Hard questions that lm-eval ships", _reasoning())
-    return [judging for judging in (docs, reasoning) if judging.text]
+    python = f"the second half of the documentation of Python {platform.python_version()}"
+    docs = f"{python}, whose first half is in the bundled calibration text"
+    reasoning = "worked BIG-bench Hard questions that lm-eval ships, of which the bundled calibration text has none"
+    texts = [JudgingText("docs", docs, documentation_halves()[1]), JudgingText("reasoning", reasoning, _reasoning())]
+    return [judging for judging in texts if judging.text]
 
 
 def judging_sequences(tokenizer: PreTrainedTokenizerBase, tokens: int, longest: int) -> dict[str, list[Tensor]]:
@@ -62,30 +57,6 @@ def judging_sequences(tokenizer: PreTrainedTokenizerBase, tokens: int, longest: 
         sequences = pack_tokens(tokenizer, judging.text, length, max(length, tokens))
         packed[judging.name] = [sequence for sequence in sequences if len(sequence) == length]
     return packed
-
-
-def relation(judging: JudgingText, fitted: Iterable[str], names: Collection[str] = ()) -> str:
-    """How a judging text relates to the texts that a model was fitted on, and to the names of their parts.
-
-    "seen": part of the text itself is in them; "kin": text of its kind; "unseen": neither.
-    """
-    paragraphs = [part.strip() for part in judging.text.split("\n\n") if len(part.strip()) >= _SHORTEST_PROBE]
-    probes = paragraphs[:: max(1, len(paragraphs) // _PROBES)]
-    for text in fitted:
-        if sum(probe in text for probe in probes) > len(probes) / 10:
-            return "seen"
-    return "kin" if judging.kin in names else "unseen"
-
-
-def relations_to(fitted: Iterable[str], names: Collection[str] = ()) -> dict[str, str]:
-    """By its name, how each judging text relates to the texts that a model was fitted on."""
-    texts = list(fitted)
-    return {judging.name: relation(judging, texts, names) for judging in judging_texts()}
-
-
-def nearest(*relations: str) -> str:
-    """The relation that is nearest to what was fitted."""
-    return min(relations, key=("seen", "kin", "unseen").index)
 
 
 @functools.cache

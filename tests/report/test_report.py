@@ -89,7 +89,7 @@ def small_report(fused: FusedLayer = AVERAGED, **values: Any) -> FusionReport:
     return make_report(**fields | values)
 
 
-JUDGED = PerplexityInfo("docs", "some documentation", 4000, 10.0, 12.5, "seen", 0.25, 0.875)
+JUDGED = PerplexityInfo("docs", "some documentation", 4000, 10.0, 12.5, 0.25, 0.875)
 SPEED = SpeedInfo(
     "a CPU", "float32", 512, 128, Rate(50.0, 75.0, 1.5, 1.4, 1.6), Rate(5.0, 6.0, 1.2, 1.1, 1.3), [9, 8], [4, 3], 7
 )
@@ -165,7 +165,7 @@ def strictly(content: str) -> Any:
     [
         make_report(license={"license": "mit"}),
         make_report(healed=HEALED, calibration=[], perplexities=[], similarity=None, embeddings=None),
-        make_report(perplexities=[PerplexityInfo("docs", "text", 10, 10.0, math.inf, "seen", math.inf, 0.5)]),
+        make_report(perplexities=[PerplexityInfo("docs", "text", 10, 10.0, math.inf, math.inf, 0.5)]),
     ],
 )
 def test_a_report_comes_back_from_strict_json(report: FusionReport, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_pictures_show_the_figures_of_the_report() -> None:
 
 def test_any_figures_can_be_shown(tmp_path: Path) -> None:
     values = [0.5, math.inf, math.nan]
-    judged = [PerplexityInfo(f"$\\frac${value}", "text", 10, 10.0, value, "kin", value, value) for value in values]
+    judged = [PerplexityInfo(f"$\\frac${value}", "text", 10, 10.0, value, value, value) for value in values]
     with no_warnings():
         write_page(make_report(perplexities=judged, influences=values * 11, **FEW_PICTURES), tmp_path / "page.html")
         report_figures(make_report(influences=[0.0] * 32, **FEW_PICTURES))
@@ -392,7 +392,7 @@ def hostile_report() -> FusionReport:
     report = make_report(
         base=HOSTILE,
         calibration=[dataclasses.replace(text, source=HOSTILE)],
-        perplexities=[PerplexityInfo(HOSTILE, HOSTILE, 4000, 6.0, 30.0, "kin", 0.5, 0.5)],
+        perplexities=[PerplexityInfo(HOSTILE, HOSTILE, 4000, 6.0, 30.0, 0.5, 0.5)],
         continuations=[Continuation(HOSTILE, f"\t{HOSTILE}\x00\x1b[2J", "")],
         seconds={HOSTILE: 1.0},
         versions={HOSTILE: HOSTILE},
