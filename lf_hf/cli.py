@@ -20,7 +20,7 @@ from lf_hf.checkpoint.base import DTYPES, Base
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
-from lf_hf.report.report import FusionReport
+from lf_hf.report.report import PAGE_NAME, FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.runtime.launch import OtherProcessError, local_rank, rank, speaks
 from lf_hf.runtime.settings_base import Settings
@@ -136,6 +136,7 @@ _LOADING = options(
     click.option("--device", "device_map", help="cpu, cuda, cuda:1, or auto for all.  [default: a GPU if any]"),
     _MAX_MEMORY,
 )
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a result in OUT, if it is as lf_hf wrote it.")
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done, and what it would take; do nothing.")
 
 
@@ -151,9 +152,10 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done,
 @setting_options(FusionConfig, *LEVELS, "method", method="healed")
 @_CALIBRATION
 @_LOADING
+@_OVERWRITE
 @_DRY_RUN
 @setting_options(FusionConfig, *_MECHANICS)
-def fuse(base: str, out: str, dry_run: bool, **given: Any) -> None:
+def fuse(base: str, out: str, overwrite: bool, dry_run: bool, **given: Any) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
 
     Ends with a table of layers, parameters and size on disk, and of three figures on two texts: perplexity before and
@@ -168,18 +170,18 @@ def fuse(base: str, out: str, dry_run: bool, **given: Any) -> None:
         from lf_hf.inputs.dry_run import plan_fusion
 
         inputs = FusionInputs.open(opened, config, calibration, None, {})
-        show(_with_options(plan_fusion(inputs, out).summary()))
+        show(_with_options(plan_fusion(inputs, out, overwrite=overwrite).summary()))
         return
     # Their notes stand below the table.
     with _without_warnings("lf_hf.measure.dense", "lf_hf.pipeline", "lf_hf.healing.result"):
-        report = lf_hf.fuse_checkpoint(opened, out, config, calibration=calibration)
+        report = lf_hf.fuse_checkpoint(opened, out, config, overwrite=overwrite, calibration=calibration)
     if not speaks():
         return
     base_size = sum(file.stat().st_size for file in opened.files())
     show(table(out, *as_table(report.rows((base_size, weights_size(Path(out)))))))
     if report.budget:
         show(_with_options(report.budget.summary()))
-    show(*map(_with_options, report.notes))
+    show(*map(_with_options, report.all_notes))
 
 
 @app.command(
@@ -197,9 +199,10 @@ def fuse(base: str, out: str, dry_run: bool, **given: Any) -> None:
 @click.option("--arg", metavar="NAME=VALUE", multiple=True, help="A field of TrainingArguments; may be repeated.")
 @_HUB
 @_MAX_MEMORY
+@_OVERWRITE
 @_DRY_RUN
 @setting_options(HealSettings)
-def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any) -> None:
+def heal(fused: str, out: str, arg: tuple[str, ...], overwrite: bool, dry_run: bool, **given: Any) -> None:
     """Train FUSED to predict what its base predicts, and write it to OUT.
 
     Keeps the state that is nearest to the base on held-out text. When it was interrupted, the same command goes on
@@ -214,13 +217,14 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
         from lf_hf.inputs.dry_run import plan_heal
 
         inputs = HealInputs.open(fused, base, text, healing, training_args, others)
-        show(_with_options(plan_heal(inputs, out).summary()))
+        show(_with_options(plan_heal(inputs, out, overwrite=overwrite).summary()))
         return
     with _without_warnings("lf_hf.healing.result"):  # its notes stand below the table
-        report = lf_hf.heal(fused, out, base=base, text=text, settings=healing, training_args=training_args, **others)
+        places: dict[str, Any] = {"base": base, "text": text, "overwrite": overwrite}
+        report = lf_hf.heal(fused, out, **places, settings=healing, training_args=training_args, **others)
     assert report.healed is not None
     show(table(out, *as_table(report.rows())), report.healed.summary())
-    show(*map(_with_options, report.notes))
+    show(*map(_with_options, report.all_notes))
 
 
 @app.command(
@@ -291,7 +295,7 @@ def report(folder: str, html: str | None, png: str | None) -> None:
     place = Path(folder)
     if place.is_file():
         place = place.parent
-    page = Path(html or place / "fusion_report.html")
+    page = Path(html or place / PAGE_NAME)
     pictures = write_pictures(loaded, png) if png else []
     write_page(loaded, page)
     show(*map(str, (page, *pictures)))

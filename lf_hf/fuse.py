@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import tempfile
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, Model
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
 from lf_hf.checkpoint.identity import JUDGING, why_not_reused
-from lf_hf.checkpoint.saving import SCRATCH, WORK, check_replaceable, checked_folder, locked_folder
+from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
-from lf_hf.inputs.resuming import ended_healing
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.runtime.launch import Processes, local_rank
+from lf_hf.runtime.launch import compute_once, num_processes
 from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.text.sources import TextSource
 
@@ -75,7 +75,8 @@ def from_pretrained_fused(
 ) -> FusedForCausalLM:
     """Load a model of any family that can be fused, and fuse its layers.
 
-    Processes that a launcher started share the work, and each of them gets the result: all must call this.
+    Of processes that a launcher started the first one fuses into `fused_dir`, all of them heal where that is asked for,
+    and each loads the result: all must call this.
 
     Parameters
     ----------
@@ -91,8 +92,8 @@ def from_pretrained_fused(
         The base's tokenizer, if it is not beside the base.
     fused_dir : path, optional
         Where to keep the fused model, as a plain checkpoint. If one is there that was made of the same base (by
-        content), calibration text and settings, it is loaded; else the base is fused and saved there, once on each
-        machine.
+        content), calibration text and settings, it is loaded; else the base is fused and saved there, also in place of
+        another result of lf_hf that is as it was written.
     model_class : class, optional
         A class derived from FusedLlamaForCausalLM, which the result is to be of.
     **kwargs
@@ -115,34 +116,34 @@ def from_pretrained_fused(
         inputs = dataclasses.replace(inputs, model_class=FusedLlamaForCausalLM)
     if folder is not None:
         return _kept_in(folder, inputs)
+    if num_processes() > 1:
+        raise ValueError("One process of a launch fuses, and the others load what it made: give fused_dir, where to.")
     from lf_hf import pipeline  # imports scipy, which loading does not need
 
-    return pipeline.run(inputs)
+    if inputs.config.healing is None:
+        return pipeline.fuse_base(inputs)
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        pipeline.make_result(inputs, scratch, overwrite=False)
+        model = inputs.load_made(scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    model.name_or_path = model.config._name_or_path = ""
+    weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)  # where weights may lie
+    return model
 
 
 def _kept_in(folder: Path, inputs: FusionInputs) -> FusedForCausalLM:
-    """Load what one of several runs fused and kept in a folder, or fuse it and keep it there.
+    """Load what one of several runs fused and kept in a folder, or fuse it and keep it there."""
+    reason = compute_once(lambda: why_not_reused(folder, inputs.identity))
+    if reason is not None:
+        from lf_hf import pipeline
 
-    The first run to lock the folder fuses, and the others wait for it. A launch is one run, even where its processes
-    do not share the work: what they read, and what heals, they do together.
-    """
-    processes, made_of = Processes.of_launch(), inputs.identity()
-
-    def reason_to_fuse() -> str | None:
-        reasons = processes.all_gather_object(why_not_reused(folder, made_of))  # of each machine's folder
-        return next(filter(None, reasons), None)
-
-    if reason_to_fuse():
-        check_replaceable(folder, inputs.base.name, remade=True)
-        with ExitStack() as stack:
-            processes.compute_once(lambda: bool(stack.enter_context(locked_folder(folder, wait=True))))
-            if reason := reason_to_fuse():  # checked again under the lock
-                return _fuse_and_keep(folder, inputs, made_of, reason)
-    ended_healing(folder, lambda: inputs.healing_identity)
-    model = inputs.load_kept(folder)
-    if reason_to_fuse():  # it was replaced while it was read, by a run with other settings
-        del model
-        return _kept_in(folder, inputs)
+        if (folder / REPORT_NAME).is_file():
+            logger.warning(f"{reason} Fusing, to replace it.")
+        pipeline.make_result(inputs, folder, overwrite=True, wait=True)
+    model = inputs.load_made(folder)
     report, asked = model.report, inputs.config.to_dict()
     judged_with = [f"{name}={report.config[name]}" for name in JUDGING if report.config[name] != asked[name]]
     if judged_with:
@@ -150,47 +151,19 @@ def _kept_in(folder: Path, inputs: FusionInputs) -> FusedForCausalLM:
     return model
 
 
-def _fuse_and_keep(folder: Path, inputs: FusionInputs, made_of: dict[str, str], reason: str) -> FusedForCausalLM:
-    """Fuse the base into a folder that is locked, of each machine."""
-    from lf_hf import pipeline
-
-    if (folder / REPORT_NAME).is_file() and not (folder / WORK).is_dir():
-        logger.warning(f"{reason} Fusing, to replace it.")
-    model = pipeline.run(inputs, folder, fingerprints=made_of)
-    model.is_found_at(str(folder))
-    on_another_machine = not Processes.of_launch().is_main and local_rank() == 0
-    if on_another_machine and why_not_reused(folder, made_of):
-        with locked_folder(folder, wait=True):
-            model.save_into(folder)
-            shutil.rmtree(folder / WORK, ignore_errors=True)
-    return model
-
-
-@contextmanager
-def _work_in(folder: Path) -> Iterator[Path]:
-    """Lock a folder, and make a hidden one in it for what a run puts on its disk; one of a killed run goes."""
-    processes, scratch = Processes.of_launch(), folder / SCRATCH
-    with ExitStack() as stack:
-        processes.compute_once(lambda: bool(stack.enter_context(locked_folder(folder))))
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        processes.compute_once(lambda: shutil.rmtree(scratch, ignore_errors=True))
-        scratch.mkdir(parents=True, exist_ok=True)  # of each machine
-        yield scratch
-        processes.all_gather_object(None)  # until all are done with it
-
-
 def fuse_checkpoint(
     base: str | os.PathLike[str] | Base,
     out: str | os.PathLike[str],
     config: FusionConfig | None = None,
     *,
+    overwrite: bool = False,
     calibration: TextSource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
 ) -> FusionReport:
-    """Fuse a checkpoint into another folder, as a plain checkpoint of the base's own architecture.
+    """Fuse a checkpoint into another folder, as a plain checkpoint of the base's own architecture, and heal it.
 
-    Processes that a launcher started share the work, and the first one writes: all must call this. Where a healing was
+    Of processes that a launcher started the first one fuses, and all of them heal: all must call this. Where a run was
     cut short, the same call goes on with it.
 
     Parameters
@@ -198,9 +171,12 @@ def fuse_checkpoint(
     base : str or Base
         Folder or hub name of a checkpoint, or one that is open.
     out : path
-        Where to write. A fused checkpoint in that folder is replaced; what lf_hf did not write stays.
+        Where to write: a folder that is new or empty, or with `overwrite` one that holds a result of lf_hf as it was
+        written. While it runs, all that it keeps on a disk lies in a hidden folder there.
     config, calibration, tokenizer
-        As for `from_pretrained_fused`.
+        As for `from_pretrained_fused`; but the default method is "healed".
+    overwrite : bool
+        Whether the result may take the place of another one, or of a run that was cut short.
     **kwargs
         FusionConfig fields. All others are as for `from_pretrained` (revision, token, dtype, device_map, ...).
         `max_memory` limits what is used, as "cpu=2GiB" or {0: "20GiB", "cpu": "30GiB"}: the weights that do not fit
@@ -213,25 +189,25 @@ def fuse_checkpoint(
     Raises
     ------
     ValueError
-        For settings, a base, a device or calibration text that cannot be used, or a folder that holds another model.
+        For settings, a base, a device or calibration text that cannot be used, or a folder that holds something else.
     OSError
-        If another process is saving there, or if files cannot be written.
+        If another process is at work there, or if files cannot be written.
     """
     from lf_hf import pipeline
 
     folder = checked_folder(out)
+    if config is None:
+        kwargs = {"method": "healed"} | kwargs
     inputs = FusionInputs.open(base, config, calibration, tokenizer, kwargs)
-    if inputs.config.heal_tokens and (report := ended_healing(folder, lambda: inputs.healing_identity)):
-        return report
-    check_replaceable(out, inputs.base.name)
-    with _work_in(folder) as scratch:
-        return pipeline.run(inputs, folder, scratch=scratch, own_tokenizer=tokenizer is not None).report
+    pipeline.make_result(inputs, folder, overwrite=overwrite)
+    return compute_once(lambda: FusionReport.load(folder))
 
 
 def heal(
     fused: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    overwrite: bool = False,
     base: str | os.PathLike[str] | Base | None = None,
     text: TextSource | None = None,
     settings: HealSettings | None = None,
@@ -250,7 +226,7 @@ def heal(
     fused : path
         Folder of a fused checkpoint.
     out : path
-        Where to write a plain checkpoint. A fused one in that folder is replaced, but none that was trained.
+        Where to write a plain checkpoint, as for `fuse_checkpoint`, as is `overwrite`.
     base : str or Base, optional
         Folder or hub name of the model that was fused. Default: what the report names, if that is on the hub.
     text : list of str or chats, or path, optional
@@ -278,10 +254,7 @@ def heal(
     """
     from lf_hf import pipeline
 
-    inputs = HealInputs.open(fused, base, text, settings, training_args, kwargs)
     folder = checked_folder(out)
-    if report := ended_healing(folder, lambda: inputs.healing_identity):
-        return report
-    inputs.check_target(folder)
-    with _work_in(folder) as scratch:
-        return pipeline.heal_folder(inputs, folder, scratch).report
+    inputs = HealInputs.open(fused, base, text, settings, training_args, kwargs)
+    pipeline.heal_result(inputs, folder, overwrite=overwrite)
+    return compute_once(lambda: FusionReport.load(folder))

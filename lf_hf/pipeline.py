@@ -1,21 +1,22 @@
 """The pipeline, from a base to the model that a user gets: start reading here.
 
-`run` is all of it, and `fuse` its middle: choose groups of the dense model's layers, make each group one layer, judge
-and report. What a group becomes depends on the method: `stages.averaging.average` is the published one,
-`refit.bottom_up.fit_groups` is `refit`. The model before it is fused is `dense` in the code, and the base wherever
-people read of it.
+`make_result` is all of it: `fuse_base`, and `heal_fused` where that is asked for. The middle is `fuse`: choose groups
+of the dense model's layers, make each group one layer, judge and report. What a group becomes depends on the method:
+`stages.averaging.average` is the published one, `refit.bottom_up.fit_groups` is `refit`. The model before it is fused
+is `dense` in the code, and the base wherever people read of it.
+
+Of a launch of several processes the first one does all of it but the training, for which they come together.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,99 +24,104 @@ from transformers.utils import logging
 
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
-from lf_hf.checkpoint.saving import WORK
+from lf_hf.checkpoint.identity import why_not_reused
+from lf_hf.checkpoint.saving import LOGS, SCRATCH, WORK, run_folder, write_result, write_whole
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
 from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.healing.result import healed_report
-from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
-from lf_hf.inputs.fusion import FusionInputs, Texts
+from lf_hf.healing.teacher import TEACHER, TRAINING, open_teacher, trained_by, write_teacher
+from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.planning import following
-from lf_hf.inputs.resuming import holds_fused, note_healing, save_healed
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge, judge_dense
 from lf_hf.measure.speed import with_speed
-from lf_hf.plan.plan import HealingPlan, Plan
+from lf_hf.plan.plan import Plan
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.report.data import Continuation, FusedLayer, GroupCost, MadeLayer, PerplexityInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.report import FusionReport, published_name, versions
+from lf_hf.runtime.amounts import MAX_SHARD_BYTES
 from lf_hf.runtime.clock import Clock
-from lf_hf.runtime.launch import compute_once
+from lf_hf.runtime.launch import compute_once, rank
 from lf_hf.runtime.memory import give_back_freed
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.averaging import average
-from lf_hf.text.calibration import Corpus
 
 logger = logging.get_logger(__name__)
 
+FUSED = "fused"
+"""Folder in that of a run: the fused model, until it is healed."""
 _HELD_OUT = 4  # sequences of calibration text that layers are not fitted to, but judged on
 
 
-def run(
-    inputs: FusionInputs,
-    folder: Path | None = None,
-    *,
-    scratch: Path | None = None,
-    fingerprints: dict[str, str] | None = None,
-    **saving: Any,
-) -> FusedForCausalLM:
-    """Fuse a base, and heal the result where that is asked for.
+def make_result(inputs: FusionInputs, folder: Path, *, overwrite: bool, wait: bool = False) -> None:
+    """Fuse a base, and heal the result where that is asked for, into a folder, as a plain checkpoint.
 
-    The result goes into `folder`, if there is one, as does what its healing goes on from after an interruption; it is
-    locked. `scratch` is a folder for what the plan puts on a disk, as long as the result is needed, and `fingerprints`
-    say what the result is made of, for its report. All else is as for `FusedForCausalLM.save_into`.
+    Where an earlier run of the same was cut short there, it goes on. With `wait` it waits for other runs there, and
+    does nothing if one of them has made the same.
     """
+    fused = folder / WORK / FUSED
+
+    def begin() -> bool:
+        made_of = inputs.identity
+        begun = run_folder(folder, made_of, inputs.base.folder, overwrite=overwrite, wait=wait)
+        return stack.enter_context(begun) is None and not (wait and why_not_reused(folder, made_of) is None)
+
+    def fuse_into() -> None:
+        if inputs.config.healing is None:
+            write_result(folder, _writer(fuse_base(inputs, folder), inputs))
+        elif not fused.is_dir():
+            write_whole(folder, FUSED, _writer(fuse_base(inputs, folder), inputs))
+
+    with ExitStack() as stack:
+        if compute_once(begin):
+            compute_once(fuse_into)
+            if inputs.config.healing is not None:
+                model = heal_fused(inputs.to_heal(fused), folder)
+                compute_once(lambda: write_result(folder, _writer(model, inputs, folder)))
+
+
+def heal_result(inputs: HealInputs, folder: Path, *, overwrite: bool) -> None:
+    """Heal a fused model into a folder, as a plain checkpoint. Where the same was cut short there, it goes on."""
+
+    def begin() -> bool:
+        begun = run_folder(folder, inputs.identity, inputs.folder, inputs.base.folder, overwrite=overwrite)
+        return stack.enter_context(begun) is None
+
+    with ExitStack() as stack:
+        if compute_once(begin):
+            model = heal_fused(inputs, folder)
+            compute_once(lambda: write_result(folder, _writer(model, inputs, folder)))
+
+
+def _writer(
+    model: FusedForCausalLM, inputs: FusionInputs | HealInputs, healed_in: Path | None = None
+) -> Callable[[Path], None]:
+    """What writes a model, of which its report says what it is made of, and the logs of its training, into a folder."""
+
+    def write(folder: Path) -> None:
+        model.remember(replace(model.report, fingerprints=inputs.identity))
+        model.save_pretrained(folder, plain=True, max_shard_size=MAX_SHARD_BYTES)
+        if healed_in is not None and (logs := healed_in / WORK / TRAINING / LOGS).is_dir():
+            shutil.copytree(logs, folder / LOGS)
+
+    return write
+
+
+def fuse_base(inputs: FusionInputs, folder: Path | None = None) -> FusedForCausalLM:
+    """Open a base, measure it, and fuse its layers; `folder` is that of the result, where it goes into one."""
     plan = inputs.check(folder)
-    with following(plan), TemporaryDirectory() as temporary:
-        place = Path(compute_once(lambda: temporary)) if folder is None else folder
-        work = place / WORK
-        config, corpus, healing = inputs.config, inputs.texts.to_heal, plan.healing
-        begun = _begun(inputs, place, plan)
-        model = begun or _fuse_base(inputs, plan, work, scratch)
-        if healing is not None and corpus is not None:
-            if begun is None:
-                _write(model, folder, **saving)
-            asked_for = {"method": config.method, "heal_tokens": config.heal_tokens}
-            model.remember(replace(model.report, config=model.report.config | asked_for))
-            heal_fused(model, open_teacher(work), corpus, healing, work)
-    model.fusion_report = replace(model.report, fingerprints=fingerprints)
-    _write(model, folder, **saving)
-    return model
-
-
-def _fuse_base(inputs: FusionInputs, plan: Plan, work: Path, scratch: Path | None) -> FusedForCausalLM:
-    """Open the base, measure it, and fuse its layers. What a healing needs of it goes into the folder `work`."""
-    base, config, tokenizer, healing = inputs.base, inputs.config, inputs.tokenizer, plan.healing
-    decoder = base.open_decoder(plan, scratch)
-    measured = measure_base(decoder, tokenizer, config, inputs.texts, healing, work)
-    model = fuse_measured(base, decoder, tokenizer, config.unhealed, measured, inputs.model_class)
+    base, tokenizer, config = inputs.base, inputs.tokenizer, inputs.config
+    with following(plan):
+        decoder = base.open_decoder(plan, folder and folder / WORK / SCRATCH)
+        measured = measure(decoder, tokenizer, config, *inputs.texts)
+        model = fuse_measured(base, decoder, tokenizer, config, measured, inputs.model_class)
     base.credit(model)
-    if healing is not None:
-        made_of, digest = inputs.healing_identity, model.report.weights_digest
-        compute_once(lambda: note_healing(work, made_of=made_of, train=healing.train, fused=digest))
     return model
-
-
-def measure_base(
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    config: FusionConfig,
-    texts: Texts,
-    healing: HealingPlan | None,
-    work: Path,
-) -> Measurements:
-    """Measure a base on samples and text to fit to; what a healing needs of it on its text goes into `work`."""
-    samples, text, to_heal = texts
-    measured = measure(decoder, tokenizer, config, samples, text)
-    clock = Clock(measured.seconds)
-    if healing is not None and to_heal is not None:
-        with clock("final states"):
-            write_teacher(work, decoder, tokenizer, to_heal, healing.settings, measured.judged)
-    return replace(measured, seconds=clock.seconds)
 
 
 def fuse_measured(
@@ -132,69 +138,49 @@ def fuse_measured(
     return model_class.adopt(decoder.model, report, tokenizer)
 
 
-def heal_folder(inputs: HealInputs, folder: Path, scratch: Path) -> FusedForCausalLM:
-    """Heal a fused model into a folder that is locked: its base is opened, measured and closed before it is read."""
-    plan = inputs.check(folder)
-    with following(plan):
-        healing, work = plan.healing, folder / WORK
-        assert healing is not None
-        if not plan.begun:
-            base = inputs.base.open_decoder(plan, scratch)
-            inputs.check_base(weights_digest(base.named_parameters()))
-            judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
-            write_teacher(work, base, inputs.tokenizer, inputs.corpus, healing.settings, judged, with_head=True)
-            del base
-            compute_once(lambda: note_healing(work, made_of=inputs.healing_identity, train=healing.train))
-        model, teacher = inputs.load_fused(plan), open_teacher(work)
-        if (
-            teacher.head is not None
-            and healing.train != "all"
-            and torch.equal(teacher.head, model.lm_head.weight.cpu())
-        ):
-            teacher = replace(teacher, head=None)
-        decoder = Decoder(model)
-        report = with_speed(inputs.report, model, inputs.base.config)
-        model.remember(replace(report, perplexities=judge(decoder, teacher.judged, teacher.head)))
-        heal_fused(model, teacher, inputs.corpus, healing, work, inputs.training_args)
-        _write(model, folder)
-        return model
+def heal_fused(inputs: HealInputs, folder: Path) -> FusedForCausalLM:
+    """Heal a fused model: its base is opened, measured and closed before the model is read.
 
-
-def heal_fused(
-    model: FusedForCausalLM,
-    teacher: Teacher,
-    corpus: Corpus,
-    plan: HealingPlan,
-    work: Path,
-    training_args: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Heal a fused model in place; its report follows. States of the training are in the folder `work`."""
+    What is measured and states of the training lie in the hidden folder of `folder`. All processes of a launch train,
+    and the first one has the result.
+    """
     from lf_hf.healing.heal import heal  # imports the Trainer, which takes seconds
 
+    work = folder / WORK
+    plan = compute_once(lambda: _measure_base(inputs, folder))
+    assert plan.healing is not None
+    with following(plan):
+        model, teacher, report = inputs.load_fused(plan), open_teacher(work / TEACHER), inputs.report
+        assert teacher.head is not None
+        if plan.healing.train != "all" and torch.equal(teacher.head, model.lm_head.weight.cpu()):
+            teacher = replace(teacher, head=None)
+        decoder = Decoder(model)
+        if not rank():
+            report = with_speed(report, model, inputs.base.config)
+            relations = {text.name: text.relation for text in report.perplexities}
+            report = replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head))
+        fused_layers = [number for number, group in enumerate(report.groups) if len(group) > 1]
+        healed = heal(decoder, fused_layers, teacher, plan.healing, work / TRAINING, inputs.training_args or {})
+        gc.collect()  # the Trainer, in which objects know each other, and all that it holds
+        if not rank():
+            report = healed_report(report, healed, decoder, teacher, inputs.corpus, inputs.tokenizer)
+    model.remember(report)
+    return model
+
+
+def _measure_base(inputs: HealInputs, folder: Path) -> Plan:
+    """Plan a healing, and measure its base, unless an earlier run of the same has done so."""
     gc.collect()  # what offloading holds of layers that are gone
     give_back_freed()
-    decoder, report = Decoder(model), model.report
-    assert model.tokenizer is not None
-    fused_layers = [number for number, group in enumerate(report.groups) if len(group) > 1]
-    healed = heal(decoder, fused_layers, teacher, plan, work, training_args)
-    gc.collect()  # the Trainer, in which objects know each other, and all that it holds
-    model.remember(healed_report(report, healed, decoder, teacher, corpus, model.tokenizer))
-
-
-def _begun(inputs: FusionInputs, folder: Path, plan: Plan) -> FusedForCausalLM | None:
-    """The fused model in a folder, if it is the one that a healing which was cut short there began with."""
-    if not plan.begun or not compute_once(lambda: holds_fused(folder, plan.begun)):
-        return None
-    return inputs.load_fused(folder, plan.one_place)
-
-
-def _write(model: FusedForCausalLM, folder: Path | None, **saving: Any) -> None:
-    """Save a model into a folder, if there is one, and end its healing; the first process of a launch writes."""
-    if folder is None:
-        return
-    save = partial(model.save_into, folder, **saving)
-    is_healed = model.report.healed is not None
-    compute_once(partial(save_healed, folder, save, model.report.weights_digest) if is_healed else save)
+    plan, teacher = inputs.check(folder), folder / WORK / TEACHER
+    assert plan.healing is not None
+    if trained_by(teacher) is None:
+        with following(plan):
+            base = inputs.base.open_decoder(plan, folder / WORK / SCRATCH)
+            inputs.check_base(weights_digest(base.named_parameters()))
+            judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
+            write_teacher(teacher, base, inputs.tokenizer, inputs.corpus, plan.healing.settings, judged)
+    return plan
 
 
 def fuse(
@@ -324,7 +310,6 @@ def _notes(
                 f"Layer {layer.layer_instead} stands for layers {layer.layers[0]} to {layer.layers[-1]} as it is: on "
                 "held-out text it comes nearer to what they do than the fitted layer."
             )
-    damage = damage_notes(perplexities, continuations, fitted=config.fits)
-    for note in damage:
+    for note in damage_notes(perplexities, continuations, config.method):
         logger.warning(note)
-    return notes + damage
+    return notes

@@ -65,7 +65,7 @@ class FusionConfig(Settings):
     """Settings of a fusion. Raises ValueError for a value that is not allowed, and for some that exclude each other."""
 
     one_of = LEVELS
-    given_beside = ("calibration", "fused_dir", "tokenizer")
+    given_beside = ("calibration", "fused_dir", "tokenizer", "overwrite")
 
     num_fusions: Annotated[int, Field(ge=1)] = NOT_GIVEN
     """How many times two layers become one: 1 to L - 1 for a model of L layers, or to L - 3 unless selection="last".

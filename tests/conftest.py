@@ -52,8 +52,8 @@ def make_texts(count: int = 57, seed: int = 0) -> list[str]:
 
 def dry_run(base: str | Path, config: FusionConfig, *, calibration: Any = None, **given: Any) -> DryRun:
     """What is said of what `fuse_checkpoint` would do with these arguments."""
-    out = given.pop("out", None)
-    return plan_fusion(FusionInputs.open(base, config, calibration, None, given), out)
+    out, overwrite = given.pop("out", None), given.pop("overwrite", False)
+    return plan_fusion(FusionInputs.open(base, config, calibration, None, given), out, overwrite=overwrite)
 
 
 ON_DISK: dict[str, Any] = {"device_map": {"": "disk"}}

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
-from conftest import ON_DISK, make_llama, make_texts, same, save_base, tensors
+from conftest import make_llama, make_texts, same, save_base, tensors
 from tqdm import tqdm
 from transformers import Trainer
 
@@ -29,11 +29,7 @@ from lf_hf.checkpoint.saving import WORK
 from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
-
-FOREIGN = (
-    *("notes.txt", "train_results.json", "tokenizer_notes.md", "tokenizers/a.txt", "tokenizer_training/corpus.txt"),
-    *("chat_templates/a.jinja", "fusion_report.html", "checkpoint-7/optimizer.pt", "README.md", "training_args.bin"),
-)
+from lf_hf.healing.teacher import TRAINING
 
 
 class Answers:
@@ -46,24 +42,6 @@ class Answers:
     def scores(self, model: Any, _: Any) -> dict[str, Score]:
         self.judged.append(model)
         return {"task": Score("acc", float(model.config.num_hidden_layers), None)}
-
-
-def put_foreign(folder: Path) -> None:
-    """Files of a user's, with names that are like a checkpoint's, in a folder of the user's that may hold one."""
-    for name in FOREIGN:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_text("mine")
-        (folder / name).chmod(0o640)
-    folder.chmod(0o2775)
-
-
-def foreign(folder: Path) -> list[tuple[tuple[int, ...], bytes]]:
-    """Mode, inode, owners and content of each of them, and of the folder itself."""
-    paths = [folder, *(folder / name for name in FOREIGN)]
-    contents = [path.read_bytes() if path.is_file() else b"" for path in paths]
-    kept = [(at.st_mode, at.st_ino, at.st_uid, at.st_gid) for at in map(Path.stat, paths)]
-    return list(zip(kept, contents, strict=True))
 
 
 def start(work: Callable[[], Any]) -> int:
@@ -109,48 +87,55 @@ def dies_at(step: int, work: Callable[[], Any], out: Path) -> bool:
         return not in_process(work)
 
 
-def num_fusions_in(out: Path) -> int | None:
-    """Of what is in a folder, found to be whole; None where nothing opens."""
+def found_in(out: Path, known: dict[Any, dict[str, Any]]) -> Any:
+    """The name of the result in a folder, found to be whole; None where nothing opens."""
     if not (out / "config.json").exists():
         return None
-    count: int = FusionReport.load(out).config["num_fusions"]
-    assert same(tensors(out), tensors(out.parent / f"whole {count}"))
     assert (out / "tokenizer.json").is_file() and (out / "README.md").is_file()
-    return count
+    FusionReport.load(out)
+    return next(name for name, weights in known.items() if same(tensors(out), weights))
 
 
 def heal_through_kills(base: str, folder: Path, **settings: Any) -> None:
-    """A fusion that heals, killed at ten moments or more: what it leaves opens, and the same command ends it."""
+    """A fusion that heals, killed at ten moments or more: OUT opens only whole, and the same command ends it."""
     given = settings | {"num_fusions": 1, "heal_tokens": 4096, "calibration": make_texts(200)}
     whole, states, resumed = folder / "whole healed", list[str | None](), False
     assert in_process(partial(fuse_checkpoint, base, whole, **given))
-    known = {"fused": tensors(folder / "whole 1"), "healed": tensors(whole)}
-    for step in itertools.count(2, 3):
+    known = {"healed": tensors(whole)}
+    for step in itertools.count(0, 2):
         out = folder / f"healed {step}"
         command = partial(fuse_checkpoint, base, out, **given)
         is_killed = dies_at(step, command, out)
-        if any(out.glob(".lf_hf-saving/complete")):
-            assert in_process(partial(FusedLlamaForCausalLM.from_pretrained, out))  # which finishes the move
-        there = tensors(out) if (out / "config.json").exists() else {}
-        states.append(next((name for name, weights in known.items() if same(there, weights)), None))
-        assert states[-1] is not None or not there
-        resumed |= states[-1] == "fused" and any((out / WORK).glob("checkpoint-*"))
-        if states[-1] != "healed" or (out / WORK).exists():  # else all that was left to do is to let go of the folder
-            assert in_process(command) and same(tensors(out), known["healed"])
-            assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
+        states.append(found_in(out, known))
+        resumed |= any((out / WORK / TRAINING).glob("checkpoint-*"))
+        # Where the result is there, and no more than the lock beside it, all that was left to do is to let go of that.
+        if states[-1] is None or {path.name for path in out.glob(f"{WORK}/*")} - {"lock"}:
+            assert in_process(command) and found_in(out, known) == "healed"
+        assert {file.name for file in out.iterdir()} - {WORK} == {file.name for file in whole.iterdir()}
         if not is_killed:
             break
-    assert len(states) > 10 and states == sorted(states, key=[None, "fused", "healed"].index)
+    assert len(states) > 10 and states == sorted(states, key=[None, "healed"].index), states
     assert resumed  # from a state of the training
+
+
+def replace_through_kills(base: str, folder: Path, known: dict[Any, dict[str, Any]], **settings: Any) -> None:
+    """One result takes the place of another; a run that is killed loses neither, and the same command ends it."""
+    out, states = folder / "replaced", list[int | None]()
+    fuse = partial(fuse_checkpoint, base, out, overwrite=True, **settings)
+    for step in itertools.count():
+        assert in_process(partial(fuse, num_fusions=2)) and found_in(out, known) == 2
+        is_killed = dies_at(step, partial(fuse, num_fusions=1), out)
+        states.append(found_in(out, known))
+        assert in_process(partial(fuse, num_fusions=1)) and found_in(out, known) == 1
+        assert not (out / WORK).exists()
+        if not is_killed:
+            break
+    assert states == sorted(states, key=[2, None, 1].index) and {*states} == {2, None, 1}
 
 
 def points_in(out: Path) -> list[dict[str, Any]]:
     """Of a sweep, found to be whole."""
-    points = [{**vars(point), "seconds": None} for point in read_points(out / RESULTS).values()]
-    if (out / "results.csv").exists():
-        rows = len((out / "results.csv").read_text().splitlines()) - 1
-        assert rows in (len(points), len(points) - 1)  # a table follows its point
-    return points
+    return [{**vars(point), "seconds": None} for point in read_points(out / RESULTS).values()]
 
 
 def fuse_at_once(fuse: Callable[[], Any], out: Path) -> None:
@@ -165,7 +150,7 @@ def fuse_at_once(fuse: Callable[[], Any], out: Path) -> None:
 
     with patch.object(pipeline, "fuse", slow):
         assert all(map(is_done, [start(fuse) for _ in range(2)]))
-    assert len(list(fusions.iterdir())) == 1 and num_fusions_in(out) == 1
+    assert len(list(fusions.iterdir())) == 1
 
 
 def main(folder: Path) -> None:
@@ -179,47 +164,21 @@ def main(folder: Path) -> None:
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]
     settings: dict[str, Any] = {"method": "truncate", "perplexity_tokens": 0, "speed": False}
     fuse = partial(FusedLlamaForCausalLM.from_pretrained_fused, base, **settings)
-    models = {count: fuse(num_fusions=count) for count in (1, 2)}
-    for count, model in models.items():
-        model.save_pretrained(folder / f"whole {count}")
+    known = {count: dict(fuse(num_fusions=count).state_dict()) for count in (1, 2)}
     together = folder / "together"
     fuse_at_once(partial(fuse, num_fusions=1, fused_dir=together), together)
-
+    assert found_in(together, known) == 1
     heal_through_kills(base, folder, **settings)
-
-    shards = {1: "1GB", 2: "20KB"}
-    # Every how many steps the writing of 1 fusion in place of 2 is cut off, and how it is written.
-    ways: dict[str, tuple[int, Callable[[Path, int], Any]]] = {
-        "save": (1, lambda out, count: models[count].save_pretrained(out, max_shard_size=shards[count])),
-        "fuse": (7, lambda out, count: fuse_checkpoint(base, out, num_fusions=count, **settings, **ON_DISK)),
-        "fused_dir": (7, lambda out, count: fuse(num_fusions=count, fused_dir=out)),
-    }
-    for name, (every, write) in ways.items():
-        out, states = folder / name, list[int | None]()
-        put_foreign(out)
-        before = foreign(out)
-        for step in itertools.count(0, every):
-            assert in_process(partial(write, out, 2))
-            is_killed = dies_at(step, partial(write, out, 1), out)
-            states.append(num_fusions_in(out))
-            assert in_process(partial(FusedLlamaForCausalLM.from_pretrained, out))  # which finishes the move
-            assert num_fusions_in(out) in ((1, 2) if states[-1] == 2 else (1,))
-            assert foreign(out) == before and not list(out.glob(".lf_hf-saving"))
-            if not is_killed:
-                break
-        assert states == sorted(states, key=[2, None, 1].index) and states[0] == 2 and states[-1] == 1
-        assert None in states or every > 1
+    replace_through_kills(base, folder, known, **settings)
 
     arguments: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"], "tasks": ["task"]}
     arguments["settings"] = {"perplexity_tokens": 100, "speed": False}
     whole, out = folder / "whole", folder / "sweep"
-    put_foreign(whole)
     assert in_process(partial(sweep, base, whole, **arguments))
-    put_foreign(out)
-    before, points = foreign(out), list[Any]()
+    points = list[Any]()
     for step in itertools.count():
         is_killed = dies_at(step, partial(sweep, base, out, **arguments), out)
-        assert points_in(out)[: len(points)] == points and foreign(out) == before  # none is lost
+        assert points_in(out)[: len(points)] == points  # none is lost
         points = points_in(out)
         if not is_killed:
             break

@@ -31,7 +31,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.card import CARD_NAME, base_license
 from lf_hf.checkpoint.dequantising import Quantisation, take_quantisation
-from lf_hf.checkpoint.saving import PROCESSOR_FILES, finish_save
+from lf_hf.checkpoint.saving import PROCESSOR_FILES
 from lf_hf.checkpoint.weights import (
     CHECKPOINT_FILES,
     UNREAD,
@@ -112,6 +112,11 @@ class Base:
         return self.config.get_text_config()
 
     @property
+    def folder(self) -> Path | None:
+        """The folder that it is in, if it is no name on the hub."""
+        return Path(self.name, self.hub.get("subfolder", "")).resolve() if os.path.isdir(self.name) else None
+
+    @property
     def hub(self) -> dict[str, Any]:
         """The arguments that say where files are; without `force_download`, which is for weights alone."""
         return {name: value for name, value in hub_arguments(self.loading).items() if name != "force_download"}
@@ -173,9 +178,11 @@ class Base:
 
         Without one that is in a folder for temporary files, which goes with the model.
         """
-        folder = scratch or (Path(tempfile.mkdtemp()) if plan.uses_disk else None)
         placing: dict[str, Any] = {"device_map": plan.place, "max_memory": None}
-        if folder is not None:
+        folder = None
+        if plan.uses_disk:
+            folder = scratch or Path(tempfile.mkdtemp())
+            folder.mkdir(parents=True, exist_ok=True)
             placing["offload_folder"] = self.loading.get("offload_folder", str(folder))
         decoder = Decoder(self.load(**placing))
         if folder is not None and scratch is None:
@@ -272,7 +279,6 @@ def check_device(device_map: Any) -> None:
 
 def read_config(name: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
     """The config of a checkpoint. Raises ValueError if there is none that can be read."""
-    finish_save(Path(name, hub.get("subfolder", "")))
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not

@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import ModelCard, create_repo
-from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import _add_variant
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
@@ -26,13 +25,11 @@ from lf_hf.checkpoint.base import hub_arguments, load_tokenizer, optional_file, 
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import NOT_KEPT, FusedLlamaConfig, plain_config, register_peft
-from lf_hf.checkpoint.saving import checked_folder, locked_folder, replaced_files
+from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.checkpoint.weights import tensor_files, weight_files
 from lf_hf.decoder.placement import named_values
 from lf_hf.families.models import auto_class, is_wrapper, model_class
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.runtime.amounts import MAX_SHARD_BYTES
-from lf_hf.runtime.launch import ALONE, Processes, rank
 from lf_hf.runtime.numerics import weights_digest
 
 logger = logging.get_logger(__name__)
@@ -143,11 +140,7 @@ class FusedForCausalLM(PreTrainedModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save the model, its report, a model card and the tokenizer into a folder, all or nothing.
-
-        Files of a checkpoint that lf_hf saved there before are replaced, and other weights and configs as by any
-        transformers model; all else in the folder stays. A model whose weights are spread over processes must be saved
-        by all of them; rank 0 writes.
+        """Save the model as any transformers model is saved, and its report, a model card and the tokenizer beside it.
 
         Parameters
         ----------
@@ -158,8 +151,7 @@ class FusedForCausalLM(PreTrainedModel):
             Of a FusedLlamaForCausalLM: write a checkpoint of a Llama, which opens without lf_hf. Models of all other
             families are always written as their base is.
         tokenizer : optional
-            Default: the base's, or that in the folder that the model was loaded from, unless there is one in the folder
-            to save into that lf_hf did not write.
+            Default: the base's, or that in the folder that the model was loaded from.
         is_main_process, state_dict, *args, **kwargs
             As for any transformers model: max_shard_size, variant, ...
 
@@ -167,8 +159,6 @@ class FusedForCausalLM(PreTrainedModel):
         ------
         ValueError
             If the path is empty or a file's, or `plain` is asked of a model with an adapter.
-        OSError
-            If another process is saving there, or if files cannot be written.
         """
         folder = checked_folder(save_directory)
         checked_tokenizer(tokenizer)
@@ -177,63 +167,13 @@ class FusedForCausalLM(PreTrainedModel):
                 "A model with an adapter cannot be saved as a plain one; load it without the adapter, or merge the "
                 "adapter with PEFT's PeftModel.from_pretrained and merge_and_unload."
             )
-        writes = is_main_process and not rank()
-        if kwargs.get("distributed_checkpoint"):  # a training's state in files of all ranks, which is no checkpoint
-            return super().save_pretrained(str(folder), writes, state_dict, push_to_hub, *args, **kwargs)
         uploading = {"repo_id": folder.name} | {name: kwargs.pop(name) for name in _UPLOADING if name in kwargs}
-        tensors = self.state_dict() if state_dict is None else state_dict
-        sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
-        if sharded:
-            state_dict = _gathered(tensors)
-            if self.config.tie_word_embeddings:  # gathered one by one, they share no memory any more
-                state_dict.pop("lm_head.weight", None)
-        before: dict[str, float] = {}
-
-        def save() -> None:
-            if not writes:
-                return
-            with locked_folder(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
-                if push_to_hub:
-                    before.update((file.name, file.stat().st_mtime) for file in folder.iterdir() if file.exists())
-                self.write_files(new, state_dict, *args, plain=plain, tokenizer=tokenizer, **kwargs)
-
-        processes = Processes.of_launch() if sharded else ALONE
-        processes.compute_once(save)
-        self.is_found_at(os.fspath(save_directory))
-        if push_to_hub and writes:
-            self._upload(folder, before, **uploading)
-
-    def save_into(self, folder: Path, *, own_tokenizer: bool = False, **saving: Any) -> None:
-        """Save a plain checkpoint into a folder that is locked; `own_tokenizer`: it takes the place of one there."""
-        with replaced_files(folder, own_tokenizer=own_tokenizer) as new:
-            self.write_files(new, plain=True, max_shard_size=MAX_SHARD_BYTES, **saving)
-
-    def is_found_at(self, name: str) -> None:
-        """Take a folder or hub name as the model's, if it has none: adapters that are trained on it name their base."""
-        if not self.name_or_path:
-            self.name_or_path = self.config._name_or_path = name
-
-    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
-        """What transformers asks before it writes weights; who calls it has decided before."""
-        return is_main_process
-
-    def write_files(
-        self,
-        folder: Path,
-        state_dict: dict[str, Any] | None = None,
-        *args: Any,
-        plain: bool = False,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write what `save_pretrained` saves into a folder that the caller looks after."""
+        before = {file.name: file.stat().st_mtime for file in folder.glob("*") if file.exists()}
+        # What is read before files are written, as it may lie where they go.
         tokenizer = tokenizer or self.tokenizer or self._tokenizer_of_checkpoint()
-        spread = vars(self.config).pop("distributed_config", None)  # else transformers would gather, on all ranks
-        try:
-            super().save_pretrained(folder, True, state_dict, False, *args, **kwargs)
-        finally:
-            if spread is not None:
-                self.config.distributed_config = spread
+        super().save_pretrained(str(folder), is_main_process, state_dict, False, *args, **kwargs)
+        if not self.should_save_on_this_rank(is_main_process):
+            return
         if plain and self.native:
             config = plain_config(self.config)
             config.dtype = self.dtype
@@ -245,6 +185,14 @@ class FusedForCausalLM(PreTrainedModel):
         report = self.fusion_report and self.fusion_report.for_weights(weights_digest(written))
         plain = plain or not self.native
         write_companions(folder, self.config, report, tokenizer, self.processor_files, plain=plain)
+        self.is_found_at(os.fspath(save_directory))
+        if push_to_hub:
+            self._upload(folder, before, **uploading)
+
+    def is_found_at(self, name: str) -> None:
+        """Take a folder or hub name as the model's, if it has none: adapters that are trained on it name their base."""
+        if not self.name_or_path:
+            self.name_or_path = self.config._name_or_path = name
 
     def _tokenizer_of_checkpoint(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer in the folder that the model was loaded from, if there is one."""
@@ -314,13 +262,3 @@ def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise ValueError(f"tokenizer must be a loaded tokenizer, got {tokenizer!r:.80}.")
     return tokenizer
-
-
-def _gathered(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of a sharded model in one piece, in rank 0's memory; all ranks must call it."""
-    whole = {}
-    for name, tensor in state_dict.items():
-        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if not rank():
-            whole[name] = gathered.cpu()
-    return whole

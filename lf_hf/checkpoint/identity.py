@@ -1,6 +1,6 @@
 """The identity of a fusion or a healing: its base by content, the settings in effect, and its text.
 
-Kept fusions, the points of a sweep, interrupted healings and the teacher's files are used again where it is equal.
+Kept fusions, the points of a sweep and runs that were cut short are used again where it is equal.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
 
 from lf_hf.checkpoint.base import Base
-from lf_hf.checkpoint.saving import changed_files, file_sha
+from lf_hf.checkpoint.saving import damaged_files, file_sha
 from lf_hf.report.report import FusionReport
 from lf_hf.settings import ALGORITHM
 
@@ -28,7 +27,6 @@ _MEANING = {
     "text": "other calibration text or another tokenizer",
     "dtype": "another dtype",
     "algorithm": "another version of lf_hf",
-    "command": "the other one of fuse and heal",
 }
 
 
@@ -48,9 +46,6 @@ def identity_key(identity: Mapping[str, str]) -> str:
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What an identity was before, where it is another one now: a phrase for each difference of what is made."""
-    if now.keys() - before.keys():
-        is_of_version = all(before.get(name) == now.get(name) for name in ("algorithm", "states"))
-        return [_MEANING["command" if is_of_version else "algorithm"]]
     found = []
     for name, value in now.items():
         if name == "settings":
@@ -58,31 +53,25 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
             keys = sorted((earlier | later).keys() - {*JUDGING})
             differing = [key for key in keys if earlier.get(key) != later.get(key)]
             found += [f"{key}={earlier.get(key)!r} instead of {later.get(key)!r}" for key in differing]
-        elif before[name] != value:
-            found.append(_MEANING.get(name) or f"{name}={before[name]} instead of {value}")
+        elif before.get(name) != value:
+            found.append(_MEANING.get(name) or f"another {name}")
     return found
 
 
-def files_digest(base: Base, *, by_content: bool = True) -> str:
+def files_digest(base: Base) -> str:
     """SHA-256 over the names and contents of a base's weights, configs and tokenizer files.
 
-    The arguments of loading that choose among files or change the config belong to it, where there are any. Not
-    `by_content` it is over sizes and times in place of contents, and nothing is read.
+    The arguments of loading that choose among files or change the config belong to it, where there are any.
     """
     files = base.content_files()
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(file_sha if by_content else _size_and_time, files))
+        digests = list(pool.map(file_sha, files))
     content = [(file.name, digest) for file, digest in zip(files, digests, strict=True)]
     chosen = {}
     for name in sorted(base.loading):
         if name == "variant" or (name != "dtype" and hasattr(base.config, name)):
             chosen[name] = repr(base.loading[name])
     return hashlib.sha256(json.dumps([content, chosen]).encode()).hexdigest()
-
-
-def _size_and_time(file: Path) -> str:
-    status = file.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def text_digest(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -97,15 +86,13 @@ def text_digest(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def why_not_reused(folder: Path, made_of: Mapping[str, str]) -> str | None:
-    """One sentence that says why the fusion in a folder is not one of this identity; None if it is."""
+    """One sentence that says why the result in a folder is not one of this identity; None if it is."""
     try:
         report = FusionReport.load(folder)
     except ValueError as error:
         return str(error)
-    if not (folder / CONFIG_NAME).is_file():  # looked for after the report: a save under way puts it back last
-        return f"{str(folder)!r} holds no complete checkpoint."
-    if changed := changed_files(folder):
-        return f"{', '.join(changed)} in {str(folder)!r} changed since it was fused."
+    if damaged := damaged_files(folder):
+        return f"{', '.join(damaged)} in {str(folder)!r} changed since it was fused."
     if report.fingerprints is None:
         return f"{str(folder)!r} was saved without saying by content what it was made of."
     differing = differences(report.fingerprints, made_of)

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lf_hf import pipeline
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, identity_key, text_digest
-from lf_hf.checkpoint.saving import checked_folder
+from lf_hf.checkpoint.saving import WORK, checked_folder, write_whole
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
-from lf_hf.healing.teacher import open_teacher
+from lf_hf.healing.teacher import TRAINING
 from lf_hf.inputs.fusion import Texts, for_model
+from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
+from lf_hf.measure.dense import measure
 from lf_hf.report.data import TextFigures
 from lf_hf.report.report import versions
-from lf_hf.runtime.launch import Processes, own_device
+from lf_hf.runtime.launch import num_processes, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
+from lf_hf.text.calibration import Corpus, load_corpus
 from lf_hf.text.sources import TextSource
 
 if TYPE_CHECKING:
@@ -101,7 +104,10 @@ def sweep(
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     tokenizer = opened.tokenizer()
-    maker = _Maker(opened, tokenizer, configs, Texts.load(configs, calibration, tokenizer), evaluation)
+    healed = next((config.heal_tokens for config in configs if config.heal_tokens), None)
+    to_heal = healed and load_corpus(calibration, max_tokens=healed, to_train=True, tokenizer=tokenizer)
+    texts = Texts.load(configs, calibration, tokenizer)
+    maker = _Maker(opened, tokenizer, configs, texts, to_heal or None, evaluation)
     maker.check_healing()
     asked |= {"tasks": sorted(tasks), "limit": limit and float(limit)}  # a command line gives 20.0 for 20
     keys = maker.keys(json.dumps(asked, sort_keys=True))
@@ -148,24 +154,24 @@ class _Maker:
     tokenizer: PreTrainedTokenizerBase
     configs: list[FusionConfig]
     texts: Texts
+    to_heal: Corpus | None
     evaluation: Evaluation
     _work: TemporaryDirectory[str] = field(default_factory=TemporaryDirectory)  # for what healings need of the base
 
     def check_healing(self) -> None:
         """Raise ValueError if healed points cannot be made here."""
-        self._healing = None
-        if self.texts.to_heal is None:
+        if self.to_heal is None:
             return
-        if Processes.of_launch().world_size > 1:
+        if num_processes() > 1:
             raise ValueError(
                 "Processes that share a sweep cannot heal; start it as one process, or give methods without 'healed', "
                 "and no heal_tokens."
             )
         # The fusion whose healing takes most has the most layers left.
         most = min((config for config in self.configs if config.heal_tokens), key=lambda config: config.num_fusions)
-        self._healing = plan_run(self.base, most, None, healing=most.healing).healing
-        assert self._healing is not None
-        check_text_to_heal(self.tokenizer, self.texts.to_heal, self._healing.settings, self.base)
+        plan = plan_run(self.base, most, None, healing=most.healing).healing
+        assert plan is not None
+        check_text_to_heal(self.tokenizer, self.to_heal, plan.settings, self.base)
 
     def keys(self, evaluation: str) -> _Keys:
         """What identifies the results of each model."""
@@ -174,38 +180,32 @@ class _Maker:
         judged = {"perplexity_tokens": self.configs[0].perplexity_tokens}
         keys: _Keys = {identity_key(identity(base, judged, "", **others))[:_KEY]: None}
         for config in self.configs:
-            texts = chain(*(text.texts for text in self.texts.used_by(config) if text))
+            used = [*self.texts.used_by(config), self.to_heal if config.heal_tokens else None]
+            texts = chain(*(text.texts for text in used if text))
             text = text_digest(texts, self.tokenizer)
             made_of = identity(base, config.in_effect(), text, **others)
             keys[identity_key(made_of)[:_KEY]] = config
         return keys
 
     def make(self, keys: _Keys, results: Results) -> None:
-        """Make this process's part of the points that are missing; ends when all processes have made theirs."""
-        processes = Processes.of_launch()
-        missing = processes.compute_once(results.missing)
-        mine: list[str] = np.array_split(missing, processes.world_size)[processes.rank].tolist()
+        """Make the points that are missing."""
+        missing = results.missing()
         if missing:
             most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
-            plan = plan_run(self.base, most, None)  # by all processes
-        if mine:
-            self._decoder = self.base.open_decoder(plan)
-            self._measure([config for config in map(keys.get, mine) if config])
+            self._decoder = self.base.open_decoder(plan_run(self.base, most, None))
+            self._measure([config for config in map(keys.get, missing) if config])
         fuse = lru_cache(maxsize=1)(self._fuse)  # points that differ in healing alone follow each other
-        for key in progress(mine, desc="Sweep", unit="point"):
+        for key in progress(missing, desc="Sweep", unit="point"):
             config = keys[key]
             if config is None:
                 results.add(self._dense_point(key))
             else:
                 results.add(self._fused_point(key, config, fuse(config.unhealed)))
-        processes.all_gather_object(None)
-        if processes.is_main:
-            results.complete()
+        results.complete()
 
     def _measure(self, configs: Sequence[FusionConfig]) -> None:
         """Measure on the base what these fusions need."""
-        texts, work = self.texts.used_by(*configs), Path(self._work.name)
-        measured = pipeline.measure_base(self._decoder, self.tokenizer, self.configs[0], texts, self._healing, work)
+        measured = measure(self._decoder, self.tokenizer, self.configs[0], *self.texts.used_by(*configs))
         measured.kept.averages = {}  # for higher levels to go on from
         self._measured = measured
 
@@ -214,25 +214,27 @@ class _Maker:
         decoder, model_class = self._decoder.copy(), fused_class(self.base.config)
         return pipeline.fuse_measured(self.base, decoder, self.tokenizer, config, self._measured, model_class)
 
-    def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> None:
-        """Heal a model in place where that is asked for, once: methods that differ in nothing else share it."""
+    def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> FusedForCausalLM:
+        """A fused model, healed where that is asked for; what is measured on the base for it serves all points."""
         asked_for = {"method": config.method, "heal_tokens": config.heal_tokens}
-        model.fusion_report = replace(model.report, config=model.report.config | asked_for)
-        if not config.heal_tokens or model.report.healed:
-            return
-        assert self.texts.to_heal is not None and self._healing is not None
-        teacher = open_teacher(Path(self._work.name))
-        with TemporaryDirectory() as work:
-            pipeline.heal_fused(model, teacher, self.texts.to_heal, self._healing, Path(work))
+        model.remember(replace(model.report, config=model.report.config | asked_for))
+        if self.to_heal is None or config.healing is None:
+            return model
+        folder = Path(self._work.name)
+        for name in (pipeline.FUSED, TRAINING):
+            shutil.rmtree(folder / WORK / name, ignore_errors=True)
+        fused = write_whole(folder, pipeline.FUSED, partial(model.save_pretrained, plain=True))
+        return pipeline.heal_fused(
+            HealInputs.of(fused, self.base, self.tokenizer, self.to_heal, config.healing), folder
+        )
 
     def _dense_point(self, key: str) -> Point:
-        is_timed = self.configs[0].speed and Processes.of_launch().world_size == 1
-        speedups = {"prefill": 1.0, "decoding": 1.0} if is_timed else {}
+        speedups = {"prefill": 1.0, "decoding": 1.0} if self.configs[0].speed else {}
         figures = {text.name: TextFigures(text.dense) for text in self._measured.judged}
         return self._evaluate(key, DENSE, self._decoder.model, figures, speedups)
 
     def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:
-        self._heal(model, config)
+        model = self._heal(model, config)
         report, method = model.report, config.method
         if config.heal_tokens and method != "healed":
             method += HEALED
@@ -242,7 +244,7 @@ class _Maker:
         point = self._evaluate(key, method, model, figures, speedups)
         point.seconds["fusing"] = sum(report.seconds.values()) - sum(self._measured.seconds.values())
         sources = dict.fromkeys(text.source for text in self.texts.used_by(config) if text)
-        return replace(point, config=report.config, notes=report.notes, calibration="; ".join(sources))
+        return replace(point, config=report.config, notes=report.all_notes, calibration="; ".join(sources))
 
     def _evaluate(
         self,

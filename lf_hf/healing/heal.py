@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import purge_accelerate_environment
-from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder
@@ -29,16 +27,16 @@ from lf_hf.healing.teacher import Teacher
 from lf_hf.healing.text import training_order
 from lf_hf.healing.trainer import (
     check_trains,
-    damaged_file,
     default_learning_rate,
     make_student,
     make_trainer,
     num_shards,
     training_arguments,
+    unreadable_file,
 )
 from lf_hf.plan.plan import HealingPlan
 from lf_hf.report.data import CalibrationInfo, HealingInfo
-from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.launch import compute_once, num_processes
 from lf_hf.runtime.numerics import accelerator
 from lf_hf.settings import HealSettings
 
@@ -75,21 +73,21 @@ def heal(
     fused_layers: Sequence[int],
     teacher: Teacher,
     plan: HealingPlan,
-    work: Path,
+    folder: Path,
     training_args: Mapping[str, Any],
 ) -> HealingInfo:
-    """Train a fused model, in place and in all processes, by a plan and with these fields of TrainingArguments.
+    """Train a fused model by a plan and with these fields of TrainingArguments, in all processes of a launch.
 
-    It gets the weights of the state that is nearest to the base on held-out text, or keeps its own where none is
-    nearer. `fused_layers` are its layers that stand for several. States of the training are in the folder `work`: where
-    there are some, the training goes on.
+    The first process's model gets, in place, the weights of the state that is nearest to the base on held-out text, or
+    keeps its own where none is nearer. `fused_layers` are its layers that stand for several. States of the training are
+    in `folder`: where there are some, the training goes on.
     """
-    start, processes, settings = time.monotonic(), Processes.of_launch(), plan.settings
+    start, settings = time.monotonic(), plan.settings
     if settings.learning_rate is None:
         settings = replace(settings, learning_rate=default_learning_rate(decoder, plan.train))
     with _undisturbed():
-        state = processes.compute_once(lambda: _state_to_go_on_from(work))
-        arguments = training_arguments(settings, work, training_args, plan.device, plan)
+        state = compute_once(lambda: _state_to_go_on_from(folder))
+        arguments = training_arguments(settings, folder, training_args, str(decoder.device), plan)
         arguments.eval_on_start = state is None
         student = make_student(decoder, settings, fused_layers, arguments)
         trainer = make_trainer(student, decoder, teacher, settings, arguments)
@@ -100,7 +98,7 @@ def heal(
         trainer.train(resume_from_checkpoint=state)
         kept = trainer.best_step()
         if kept:
-            decoder.assign(_of_first(processes, decoder, trainer.trained_weights(decoder)))
+            decoder.assign(trainer.trained_weights(decoder))
         return HealingInfo(
             settings=settings.in_effect(),
             text=[CalibrationInfo(name, count, count * settings.length) for name, count in used.items()],
@@ -116,16 +114,6 @@ def heal(
         )
 
 
-def _of_first(
-    processes: Processes, decoder: Decoder, weights: Iterable[tuple[str, Tensor | None]]
-) -> Iterator[tuple[str, Tensor]]:
-    """What the first process has of some weights, float32, in all processes."""
-    for name, given in weights:
-        weight = torch.empty(decoder.model.get_parameter(name).shape) if given is None else given
-        processes.broadcast(weight)
-        yield name, weight
-
-
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Give the process back what a training sets for all of it: random numbers, and accelerate's precision."""
@@ -134,27 +122,26 @@ def _undisturbed() -> Iterator[None]:
         stack.callback(np.random.set_state, np.random.get_state())
         kind = accelerator() or torch.device("cpu")
         stack.enter_context(torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind.type))
-        if not AcceleratorState._shared_state and Processes.of_launch().world_size == 1:
+        if not AcceleratorState._shared_state and num_processes() == 1:
             stack.callback(AcceleratorState._reset_state)
         yield
 
 
-def _state_to_go_on_from(work: Path) -> str | None:
-    """The last state of a run of the same healing that was cut short, if there is one; states with damage go."""
-    for state in work.glob("checkpoint-*"):
-        if file := damaged_file(state):
-            logger.warning(
-                f"{str(state)!r} is no whole state of a training ({file}), so it is removed. The training goes on from "
-                "another state, or begins anew if there is none."
-            )
+def _state_to_go_on_from(folder: Path) -> str | None:
+    """The last state that can be read of a run of the same healing that was cut short, if there is one."""
+    for state in sorted(folder.glob("checkpoint-*"), key=lambda state: int(state.name.partition("-")[2]), reverse=True):
+        if file := unreadable_file(state):
+            logger.warning(f"{str(file)!r} cannot be read, so the training does not go on from that state.")
             shutil.rmtree(state)
-    last = get_last_checkpoint(str(work))
-    if last is None:
-        return None
-    best = TrainerState.load_from_json(str(Path(last, TRAINER_STATE_NAME))).best_model_checkpoint
-    if best is not None and not Path(best).is_dir():
-        logger.warning(f"The best state of an earlier run, {best!r}, is gone, so the training begins anew.")
-        shutil.rmtree(last)
-        return None
-    logger.warning(f"Going on from {last!r}, where an earlier run of the same healing stopped.")
-    return last
+            continue
+        file = state / TRAINER_STATE_NAME
+        known = TrainerState.load_from_json(str(file))
+        if known.best_model_checkpoint is not None:  # under the name that the folder had then
+            best = folder / Path(known.best_model_checkpoint).name
+            if not best.is_dir():
+                continue
+            known.best_model_checkpoint = str(best)
+            known.save_to_json(str(file))
+        logger.warning(f"Going on from {str(state)!r}, where an earlier run of the same healing stopped.")
+        return str(state)
+    return None

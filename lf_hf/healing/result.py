@@ -12,15 +12,14 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.teacher import Teacher
 from lf_hf.measure.judge import compare_continuations, judge
 from lf_hf.report.data import HealingInfo
-from lf_hf.report.notes import COLLAPSED, SILENT, damage_notes
-from lf_hf.report.report import CHANGED_NOTE, FusionReport
+from lf_hf.report.notes import damage_notes
+from lf_hf.report.report import FusionReport
 from lf_hf.runtime.numerics import weights_digest
-from lf_hf.settings import FITTING
 from lf_hf.text.calibration import Corpus
 
 logger = logging.get_logger(__name__)
 _MOST_EPOCHS = 3  # more times through the same text are worth a warning
-CHANGED_BEFORE = (
+_CHANGED_BEFORE = (
     "The weights had been changed, as by training, before healing: to fuse and heal does not give them again."
 )
 
@@ -61,22 +60,18 @@ def healed_report(
             "Healing did not bring the model nearer to its base on held-out text, so its weights are what they were "
             "before; take more tokens or a lower learning_rate."
         )
-    notes += damage_notes(perplexities, continuations, fitted=report.config.get("method") in FITTING)
-    for note in notes:
+    for note in (*notes, *damage_notes(perplexities, continuations, report.config.get("method"))):
         logger.warning(note)
     if repeats := repeats_note(healed.epochs):  # which was logged before the training
         notes.append(repeats)
-    if CHANGED_NOTE in report.notes:
-        notes.append(CHANGED_BEFORE)
-    # What was said of the fused model, and of an earlier healing, is not true any more.
-    earlier = [note for note in report.notes if not note.startswith((COLLAPSED, SILENT, CHANGED_NOTE, "Healing "))]
+    if report.changed:
+        notes.append(_CHANGED_BEFORE)
     return replace(
         report,
         continuations=continuations,
         perplexities=perplexities,
-        notes=earlier + notes,
         seconds=report.seconds | {"healing": healed.seconds},
         weights_digest=weights_digest(decoder.named_parameters()),
-        fingerprints=None,
-        healed=replace(healed, judged=report.perplexities, before=report.healed),
+        changed=False,
+        healed=replace(healed, judged=report.perplexities, before=report.healed, notes=notes),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,14 +28,15 @@ from lf_hf.measure.generating import text_writer, writing
 from lf_hf.measure.judge import Judged
 from lf_hf.measure.predictions import final_states
 from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
-from lf_hf.runtime.launch import Processes
 from lf_hf.settings import HealSettings
 from lf_hf.text.calibration import WRITTEN_SHARE, Corpus
 
+TEACHER, TRAINING = "teacher", "training"
+"""Folders in that of a run: the teacher, and states of the training."""
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden)."""
 _TOKENS_TOGETHER = 1 << 17  # tokens that pass the base's layers at a time
-_TEXT, _STATES, _JUDGED = "teacher.safetensors", "states.bin", "judged-{}.safetensors"
+_TEXT, _STATES = "teacher.safetensors", "states.bin"
 _FACTS, _TENSOR = "facts", "tensor"
 
 Items = dict[str, Dataset[dict[str, Tensor]]]
@@ -62,62 +64,47 @@ def write_teacher(
     corpus: Corpus,
     settings: HealSettings,
     judged: Sequence[Judged],
-    *,
-    with_head: bool = False,
 ) -> None:
     """Have the base write its share of the text, and write its final states of all of it into a folder.
 
-    All processes of a launch share the work; their machines have to share that folder's disk. The text comes last:
-    without it, what is there is what a killed process left.
+    The text comes last: without it, what is there is what a killed process left.
     """
-    processes = Processes.of_launch()
     write, has_chats = text_writer(decoder, tokenizer)
     parts = []
     for kind in healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write, chats=has_chats):
         of_kind = {"training": kind.training, "held_out": kind.held_out}
         parts += [(part, kind.name, torch.stack(sequences)) for part, sequences in of_kind.items() if sequences]
-
-    def begin() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _TEXT).unlink(missing_ok=True)
-        (folder / _STATES).write_bytes(b"")
-
-    processes.compute_once(begin)
-    if not all(processes.all_gather_object((folder / _STATES).is_file())):
-        raise ValueError(
-            f"Not all machines of the launch see {str(folder)!r}; heal in a folder on a disk that they share."
-        )
-    with (folder / _STATES).open("r+b") as file:
-        start = 0
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _TEXT).unlink(missing_ok=True)
+    with (folder / _STATES).open("wb") as file:
         for *_, ids in parts:
-            _write_states(file, start, decoder, ids, processes.shard(range(len(ids))))
-            start += ids.numel()
-    _save([vars(text) for text in judged], folder / _JUDGED.format(processes.rank))
-
-    def finish() -> None:
-        head = decoder.head_weight if with_head else None
-        known = {"parts": parts, "hidden": decoder.config.hidden_size, "head": head}
-        new = folder / f"{_TEXT}.new"
-        _save(known, new)
-        new.replace(folder / _TEXT)
-
-    processes.all_gather_object(None)  # until all states are there
-    processes.compute_once(finish)
+            _write_states(file, decoder, ids)
+    known = {
+        "parts": parts,
+        "hidden": decoder.config.hidden_size,
+        "head": decoder.head_weight,
+        "judged": [vars(text) for text in judged],
+        "train": settings.train,
+    }
+    new = folder / f"{_TEXT}.new"
+    _save(known, new)
+    new.replace(folder / _TEXT)
 
 
-def is_written(folder: Path) -> bool:
-    """Whether a teacher is there, and all of its states, of which some may be lost where the machine went down."""
+def trained_by(folder: Path) -> str | None:
+    """What a healing trains whose teacher is in a folder with all of its states; None where there is none."""
     text, states = folder / _TEXT, folder / _STATES
-    if not (text.is_file() and states.is_file()):
-        return False
-    known = _load(text)
-    tokens = sum(ids.numel() for *_, ids in known["parts"])
-    return states.stat().st_size == tokens * known["hidden"] * torch.bfloat16.itemsize
+    with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):  # as of a file that is cut
+        known = _load(text)
+        tokens = sum(ids.numel() for *_, ids in known["parts"])
+        if states.stat().st_size == tokens * known["hidden"] * torch.bfloat16.itemsize:
+            return str(known["train"])
+    return None
 
 
 def open_teacher(folder: Path) -> Teacher:
     """What `write_teacher` wrote; sequences are read when they are used."""
-    known, judged = _load(folder / _TEXT), _load(folder / _JUDGED.format(Processes.of_launch().rank))
+    known = _load(folder / _TEXT)
     items: dict[str, Items] = {"training": {}, "held_out": {}}
     start = 0
     for part, kind, ids in known["parts"]:
@@ -125,7 +112,7 @@ def open_teacher(folder: Path) -> Teacher:
         columns: dict[str, Any] = {"input_ids": ids, STATES: states}
         items[part][kind] = StackDataset(**columns)
         start += ids.numel()
-    return Teacher(**items, judged=[Judged(**text) for text in judged], head=known["head"])
+    return Teacher(**items, judged=[Judged(**text) for text in known["judged"]], head=known["head"])
 
 
 @dataclass(frozen=True)
@@ -151,19 +138,12 @@ class _States(Dataset[Tensor]):
         return torch.from_numpy(read).view(torch.bfloat16).view(length, self.hidden)
 
 
-def _write_states(file: BinaryIO, start: int, decoder: Decoder, ids: Tensor, numbers: Sequence[int]) -> None:
-    """Write the final states of some sequences of `ids` (sequences B, tokens T), which are `start` tokens on in a file.
-
-    They are in bfloat16 there.
-    """
-    length = ids.shape[1]
-    for some in torch.tensor(numbers, dtype=torch.int64).split(max(1, _TOKENS_TOGETHER // length)):
-        batches = decoder.make_batches(list(ids[some]))
-        states = final_states(decoder, {"": batches}, "Final states")[""]
-        sequences = (sequence for batch in states for sequence in batch.to(torch.bfloat16).cpu())
-        for number, sequence in zip(some.tolist(), sequences, strict=True):
-            file.seek((start + number * length) * sequence[0].nbytes)
-            file.write(sequence.contiguous().view(torch.uint8).numpy().data)
+def _write_states(file: BinaryIO, decoder: Decoder, ids: Tensor) -> None:
+    """Write the final states of sequences of `ids` (sequences B, tokens T) to the end of a file, in bfloat16."""
+    for some in ids.split(max(1, _TOKENS_TOGETHER // ids.shape[1])):
+        batches = decoder.make_batches(list(some))
+        for batch in final_states(decoder, {"": batches}, "Final states")[""]:
+            file.write(batch.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def _save(known: Any, file: Path) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -47,7 +47,6 @@ LORA_SCALE = 2
 """What adapters add is multiplied by this."""
 
 DIVERGENCE = "eval_divergence"
-_FILES = "files.json"  # in a state of the training: its files and their sizes
 _OF_ADAPTERS = "base_model.model."  # before the names of a model with adapters
 _LEAST_WARMED_UP = 10  # steps with which there is a warm-up: its first one, at a rate of 0, is lost
 
@@ -82,7 +81,9 @@ def make_student(
     config = copy.deepcopy(decoder.model_config)  # which the Trainer changes
     names = {name for name, _ in decoder.named_parameters()}
     config.tie_word_embeddings = "lm_head.weight" not in names
-    config.get_text_config().attention_dropout = 0.0  # which few steps would only suffer from
+    for name, share in vars(config.get_text_config()).items():
+        if "dropout" in name and isinstance(share, float):  # which few steps would only suffer from
+            setattr(config.get_text_config(), name, 0.0)
     stock = model_class(config)
     with torch.device("meta"):
         student = type(Student.__name__, (Student, stock), {"__module__": __name__})(config)
@@ -188,10 +189,6 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         try:
             super()._save_checkpoint(*arguments, **named)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                state = Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")
-                (state / _FILES).write_text(json.dumps(_file_sizes(state)), encoding="utf-8")
         except torch.OutOfMemoryError:
             raise
         except (SafetensorError, RuntimeError, OSError) as error:  # of which a full disk gives any
@@ -229,13 +226,16 @@ class DistillationTrainer(Trainer):
     def _looks(self) -> list[dict[str, float]]:
         return [entry for entry in self.state.log_history if DIVERGENCE in entry]
 
-    def trained_weights(self, decoder: Decoder) -> Iterator[tuple[str, Tensor | None]]:
-        """What was trained, by its name in the decoder, one by one: in one piece and float32 in rank 0, else None.
+    def trained_weights(self, decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+        """What was trained, by its name in the decoder, one by one, in one piece and float32; in the first process.
 
-        What adapters add is added to the decoder's own weights: the student's may have a narrower dtype. The student
-        has no weights afterwards, unless they are sharded, so that those that the decoder gives up are freed.
+        In the others nothing. What adapters add is added to the decoder's own weights: the student's may have a
+        narrower dtype. The student has no weights afterwards, unless they are sharded, so that those that the decoder
+        gives up are freed.
         """
         state = self.accelerator.get_state_dict(self.deepspeed or self.model) or {}  # DeepSpeed's other ranks have none
+        if not self.is_world_process_zero():
+            return
         state = {name: weight for name, weight in state.items() if name in self.trained}
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             model: Any = self.model
@@ -243,36 +243,30 @@ class DistillationTrainer(Trainer):
         for name in [name for name, _ in decoder.model.named_parameters()]:
             place = name.removesuffix(".weight")
             down, up = (f"{_OF_ADAPTERS}{place}.lora_{kind}.default.weight" for kind in "AB")
-            if not {name, down} & self.trained:
-                continue
-            if not self.is_world_process_zero():
-                yield name, None
-            elif name in self.trained:
+            if name in self.trained:
                 yield name, state[name].detach().float()
-            else:
+            elif down in self.trained:
                 added = LORA_SCALE * (state[up].float() @ state[down].float())
                 own = value(decoder.model.get_submodule(place), "weight")
                 yield name, own.detach().to(added.device, torch.float32) + added
 
 
-def _file_sizes(state: Path) -> dict[str, int]:
-    return {str(file.relative_to(state)): file.stat().st_size for file in state.rglob("*") if file.is_file()}
-
-
-def damaged_file(state: Path) -> str | None:
-    """A file of a state of the training that is not as it was written, as where a process was killed; None if whole."""
-    try:
-        TrainerState.load_from_json(str(state / TRAINER_STATE_NAME))  # the last file that the Trainer writes
-    except (OSError, TypeError, ValueError):
-        return TRAINER_STATE_NAME
-    sizes: dict[str, int] = {}
-    try:
-        with suppress(FileNotFoundError):  # a run that was killed behind that one did not write it
-            sizes = json.loads((state / _FILES).read_text(encoding="utf-8"))
-    except ValueError:
-        return _FILES
-    found = _file_sizes(state)
-    return next((name for name, size in sizes.items() if found.get(name) != size), None)
+def unreadable_file(state: Path) -> Path | None:
+    """A file of a state of the training that cannot be read, as where a process was killed or a disk was full."""
+    if not (state / TRAINER_STATE_NAME).is_file():  # the last one that the Trainer writes
+        return state / TRAINER_STATE_NAME
+    for file in filter(Path.is_file, state.rglob("*")):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):  # which compares its header with its size
+                    pass
+            elif file.suffix in (".pt", ".pth"):
+                ZipFile(file).close()  # whose list of contents comes last
+            elif file.name == TRAINER_STATE_NAME:
+                TrainerState.load_from_json(str(file))
+        except (OSError, SafetensorError, BadZipFile, TypeError, ValueError):
+            return file
+    return None
 
 
 class _Progress(TrainerCallback):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from lf_hf.checkpoint.saving import check_replaceable, checked_folder
+from lf_hf.checkpoint.saving import check_target, checked_folder
 from lf_hf.checkpoint.weights import tensor_types
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
@@ -31,16 +31,19 @@ class DryRun:
         return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def plan_fusion(inputs: FusionInputs, out: FilePath | None = None) -> DryRun:
+def plan_fusion(inputs: FusionInputs, out: FilePath | None = None, *, overwrite: bool = False) -> DryRun:
     """Say what `fuse_checkpoint` of these inputs would do and take.
 
     Raises ValueError for what `fuse_checkpoint` would refuse before long work, and OSError if the disk of `out` has no
     room for the result.
     """
     config, opened = inputs.config, inputs.base
-    is_replaced = out is not None and check_replaceable(out, opened.name)
-    plan = inputs.check(None if out is None else checked_folder(out))
-    notes = [*_found(out, plan, is_replaced=is_replaced), *opened.notes()]
+    folder = None if out is None else checked_folder(out)
+    notes = opened.notes()
+    if folder is not None:
+        found = check_target(folder, lambda: inputs.identity, opened.folder, overwrite=overwrite)
+        notes += filter(None, [found])
+    plan = inputs.check(folder)
     before, after = plan.parameters
     files = opened.files()
     for file in files:
@@ -60,7 +63,7 @@ def plan_fusion(inputs: FusionInputs, out: FilePath | None = None) -> DryRun:
         f"parameters: {_change(before, after)}",
         f"bytes on disk: {_change(stored, after * opened.loaded_dtype.itemsize)}, as {str(opened.loaded_dtype)[6:]}",
     ]
-    samples, text, _ = inputs.texts
+    samples, text = inputs.texts
     sources = samples and samples.source, text and text.full_source
     lines += [f"calibration: {source}" for source in sources if source]
     if plan.healing is not None:
@@ -71,14 +74,14 @@ def plan_fusion(inputs: FusionInputs, out: FilePath | None = None) -> DryRun:
     return DryRun(f"{opened.name} with {config.method}, {how_many}", lines, plan, notes)
 
 
-def plan_heal(inputs: HealInputs, out: FilePath) -> DryRun:
+def plan_heal(inputs: HealInputs, out: FilePath, *, overwrite: bool = False) -> DryRun:
     """Say what `heal` of these inputs would do and take. Neither model's weights are read.
 
     Raises what `heal` would raise before the training; but not for a base with other weights than the one that was
-    fused, nor for an earlier run in `out` that cannot go on.
+    fused.
     """
-    folder = checked_folder(out)
-    is_replaced = inputs.check_target(folder)
+    folder, base = checked_folder(out), inputs.base
+    found = check_target(folder, lambda: inputs.identity, inputs.folder, base.folder, overwrite=overwrite)
     plan = inputs.check(folder)
     assert plan.healing is not None
     used = plan.healing.settings
@@ -87,16 +90,7 @@ def plan_heal(inputs: HealInputs, out: FilePath) -> DryRun:
         f"training: {steps} of {used.batch * used.length:,} tokens",
         f"text: {inputs.corpus.full_source}",
     ]
-    notes = _found(out, plan, is_replaced=is_replaced)
-    return DryRun(f"{inputs.folder.name}, healed by its base {inputs.base.name}", lines, plan, notes)
-
-
-def _found(out: object, plan: Plan, *, is_replaced: bool) -> list[str]:
-    """What is to be known of what is there."""
-    notes = [f"{str(out)!r} holds a fused model, which would be replaced."] * is_replaced
-    if plan.begun:
-        notes.append(f"{str(out)!r} holds a run that was cut short, which goes on.")
-    return notes
+    return DryRun(f"{inputs.folder.name}, healed by its base {base.name}", lines, plan, [*filter(None, [found])])
 
 
 def _change(before: int, after: int) -> str:

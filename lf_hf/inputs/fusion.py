@@ -16,13 +16,11 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import BASE_ONLY_ARGUMENTS, Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, text_digest
-from lf_hf.checkpoint.saving import WORK
 from lf_hf.families.models import family_of, free_layers, num_parameters
 from lf_hf.families.models import model_class as stock_class
+from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
-from lf_hf.inputs.resuming import STATES_VERSION, noted_healing
 from lf_hf.plan.plan import Plan
-from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import CalibrationSamples, Corpus, load_calibration, load_corpus
 from lf_hf.text.packing import check_enough
@@ -32,11 +30,10 @@ logger = logging.get_logger(__name__)
 
 
 class Texts(NamedTuple):
-    """Samples to compare layers on, text to fit them to and text to heal on, as far as fusions need them."""
+    """Samples to compare layers on and text to fit them to, as far as fusions need them."""
 
     samples: CalibrationSamples | None
     text: Corpus | None
-    to_heal: Corpus | None
 
     @classmethod
     def load(
@@ -44,33 +41,25 @@ class Texts(NamedTuple):
     ) -> Texts:
         """What some fusions of one base need of what the user gave or, with None, of the bundled text.
 
-        The first process of a launch reads for all, so each has to call this. Raises ValueError if `calibration` cannot
-        be used, or has too few samples.
+        Raises ValueError if `calibration` cannot be used, or has too few samples.
         """
-
-        def load() -> Texts:
-            samples, text, to_heal = None, None, None
-            for config in configs:
-                if config.averages and samples is None:
-                    count, length = config.samples_per_subject, config.sample_length
-                    samples = load_calibration(
-                        calibration, samples_per_subject=count, sample_length=length, tokenizer=tokenizer
-                    )
-                    config.check_num_samples(len(samples.texts))
-                if config.needs_text and text is None:
-                    text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
-                if (tokens := config.heal_tokens) and to_heal is None:
-                    to_heal = load_corpus(calibration, max_tokens=tokens, to_train=True, tokenizer=tokenizer)
-            return cls(samples, text, to_heal)
-
-        return compute_once(load)
+        samples, text = None, None
+        for config in configs:
+            if config.averages and samples is None:
+                count, length = config.samples_per_subject, config.sample_length
+                samples = load_calibration(
+                    calibration, samples_per_subject=count, sample_length=length, tokenizer=tokenizer
+                )
+                config.check_num_samples(len(samples.texts))
+            if config.needs_text and text is None:
+                text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
+        return cls(samples, text)
 
     def used_by(self, *configs: FusionConfig) -> Texts:
         """Those that any of some fusions uses."""
         return Texts(
             self.samples if any(config.averages for config in configs) else None,
             self.text if any(config.needs_text for config in configs) else None,
-            self.to_heal if any(config.heal_tokens for config in configs) else None,
         )
 
 
@@ -119,56 +108,54 @@ class FusionInputs:
 
     @cached_property
     def texts(self) -> Texts:
-        """What this fusion, and the healing that may follow it, is made of."""
+        """What this fusion is made of."""
         return Texts.load([self.config], self.calibration, self.tokenizer)
 
-    def check(self, folder: Path | None = None) -> Plan:
-        """The plan of this fusion.
+    @cached_property
+    def healing_text(self) -> Corpus | None:
+        """What the healing that follows trains on, if one does."""
+        if not self.config.heal_tokens:
+            return None
+        return load_corpus(
+            self.calibration, max_tokens=self.config.heal_tokens, to_train=True, tokenizer=self.tokenizer
+        )
 
-        Raises ValueError, before weights are read, if there is too little text or memory or another healing was cut
-        short in `folder`, and OSError if the disk of `folder`, where the result goes, has too little room for it and
-        for what lies there meanwhile. A fused model that is there keeps its room until the new one is whole.
+    def check(self, folder: Path | None = None) -> Plan:
+        """The plan of this fusion, and of the healing that follows.
+
+        Raises ValueError, before weights are read, if there is too little text or memory, and OSError if the disk of
+        `folder`, where the result goes, has too little room for it and for what lies there meanwhile.
         """
         base, config = self.base, self.config
-        _, text, to_heal = self.texts
-        if text is not None:
+        if self.texts.text is not None:
             length = min(config.calibration_length, base.text_config.max_position_embeddings)
-            check_enough(self.tokenizer, text, length, base.text_config.vocab_size)
-        begun = {}
-        if folder is not None and config.healing is not None:
-            begun = noted_healing(folder / WORK, lambda: self.healing_identity)
-        plan = plan_run(base, config, folder, healing=config.healing, begun=begun)
-        if to_heal is not None and plan.healing is not None:
-            check_text_to_heal(self.tokenizer, to_heal, plan.healing.settings, base)
+            check_enough(self.tokenizer, self.texts.text, length, base.text_config.vocab_size)
+        plan = plan_run(base, config, folder, healing=config.healing)
+        if self.healing_text is not None and plan.healing is not None:
+            check_text_to_heal(self.tokenizer, self.healing_text, plan.healing.settings, base)
         return plan
 
-    def load_kept(self, folder: Path) -> FusedForCausalLM:
+    def to_heal(self, folder: Path) -> HealInputs:
+        """What the healing of the fused model in a folder is made of."""
+        assert self.healing_text is not None and self.config.healing is not None
+        return HealInputs.of(folder, self.base, self.tokenizer, self.healing_text, self.config.healing)
+
+    def load_made(self, folder: Path) -> FusedForCausalLM:
         """What was made of the base and kept in a folder: it lies where the base would."""
         plan = plan_run(self.base, FusionConfig(1, "truncate", perplexity_tokens=0), None)
-        return self.load_fused(folder, plan.place)
-
-    def load_fused(self, folder: Path, device_map: Any) -> FusedForCausalLM:
-        """What was made of the base and saved into a folder."""
         loading = {name: value for name, value in self.base.loading.items() if name not in BASE_ONLY_ARGUMENTS}
-        model: FusedForCausalLM = self.model_class.from_pretrained(folder, **loading | {"device_map": device_map})
+        model: FusedForCausalLM = self.model_class.from_pretrained(folder, **loading | {"device_map": plan.place})
         model.tokenizer = self.tokenizer
         return model
 
-    def identity(self, *, by_content: bool = True) -> dict[str, str]:
-        """Identity of this fusion and of the healing that may follow it.
-
-        Of a base not `by_content` the sizes and times of its files are taken in place of all that they hold.
-        """
-        texts = [text for source in self.texts if source is not None for text in source.texts]
-        read = text_digest(texts, self.tokenizer)
-        dtype = self.base.dtype or self.base.config.dtype
-        return identity(files_digest(self.base, by_content=by_content), self.config.in_effect(), read, dtype=dtype)
-
     @cached_property
-    def healing_identity(self) -> dict[str, str]:
-        """Identity of the healing that follows, for which the base is not read as a whole."""
-        processes = str(Processes.of_launch().world_size)
-        return self.identity(by_content=False) | {"processes": processes, "states": STATES_VERSION}
+    def identity(self) -> dict[str, str]:
+        """Identity of this fusion and of the healing that may follow it."""
+        used = [source for source in (*self.texts, self.healing_text) if source is not None]
+        texts = [text for source in used for text in source.texts]
+        dtype = self.base.dtype or self.base.config.dtype
+        read = text_digest(texts, self.tokenizer)
+        return identity(files_digest(self.base), self.config.in_effect(), read, dtype=dtype)
 
 
 def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionConfig:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import logging
@@ -17,14 +18,14 @@ from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_token
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import plain_config
 from lf_hf.checkpoint.identity import identity, text_digest
-from lf_hf.checkpoint.saving import LOGS, WORK, check_replaceable, checked_folder, file_sha
+from lf_hf.checkpoint.saving import WORK, checked_folder, file_sha
 from lf_hf.checkpoint.weights import weight_files
 from lf_hf.families.models import num_parameters
+from lf_hf.healing.teacher import TEACHER, trained_by
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
-from lf_hf.inputs.resuming import STATES_VERSION, noted_healing
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport
-from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.launch import own_device
 from lf_hf.runtime.words import unknown_name
 from lf_hf.settings import FusionConfig, HealSettings, default_heal_tokens
 from lf_hf.text.calibration import Corpus, load_corpus
@@ -58,7 +59,7 @@ class HealInputs:
     base: Base
     corpus: Corpus
     settings: HealSettings
-    training_args: Mapping[str, Any]
+    training_args: Mapping[str, Any] | None  # None where a user cannot give any
 
     @classmethod
     def open(
@@ -79,7 +80,6 @@ class HealInputs:
         if not isinstance(fused, str | os.PathLike):
             raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
         folder = checked_folder(fused)
-        config = plain_config(read_config(str(folder), {}))
         report = FusionReport.load(folder)
         opened = Base.open(base, hub) if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
         for name in hub:
@@ -87,19 +87,6 @@ class HealInputs:
                 raise ValueError(unknown_name("setting", name, (*HealSettings.known, *_LOADING)))
         if settings.train not in (None, "lora") and settings.lora_rank != HealSettings().lora_rank:
             logger.warning(f"Without effect on train={settings.train!r}: lora_rank.")
-        layers = config.get_text_config().num_hidden_layers
-        vocab_size = config.get_text_config().vocab_size
-        if opened.text_config.vocab_size != vocab_size:
-            raise ValueError(
-                f"{opened.name!r} has {opened.text_config.vocab_size} embeddings, and the fused model "
-                f"{vocab_size}; give the base that it was fused from."
-            )
-        if layers != report.layers_after:
-            raise ValueError(
-                f"{str(folder)!r} has {layers} layers, but its report says {report.layers_after}; give the folder of a "
-                "fused checkpoint."
-            )
-        opened = replace(opened, loading={**opened.loading, "dtype": checked_dtype(report.dtype) or "auto"})
         has_tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
         tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else opened.tokenizer()
         if settings.tokens is None:
@@ -107,49 +94,66 @@ class HealInputs:
         corpus = load_corpus(text, max_tokens=settings.tokens, to_train=True, tokenizer=tokenizer)
         if settings.written_share is not None:
             corpus = replace(corpus, generated_share=settings.written_share)
-        return cls(folder, config, report, tokenizer, opened, corpus, settings, training_args or {})
+        return cls.of(folder, opened, tokenizer, corpus, settings, training_args or {})
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        base: Base,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Corpus,
+        settings: HealSettings,
+        training_args: Mapping[str, Any] | None = None,
+    ) -> HealInputs:
+        """Of a folder and what is read already. Raises ValueError if the base, or the report there, is of another."""
+        config, report = plain_config(read_config(str(folder), {})), FusionReport.load(folder)
+        layers, vocab_size = config.get_text_config().num_hidden_layers, config.get_text_config().vocab_size
+        if base.text_config.vocab_size != vocab_size:
+            raise ValueError(
+                f"{base.name!r} has {base.text_config.vocab_size} embeddings, and the fused model {vocab_size}; give "
+                "the base that it was fused from."
+            )
+        if layers != report.layers_after:
+            raise ValueError(
+                f"{str(folder)!r} has {layers} layers, but its report says {report.layers_after}; give the folder of a "
+                "fused checkpoint."
+            )
+        base = replace(base, loading={**base.loading, "dtype": checked_dtype(report.dtype) or "auto"})
+        return cls(folder, config, report, tokenizer, base, corpus, settings, training_args)
 
     @property
     def judging_tokens(self) -> int:
         """Tokens of each judging text: as many as the fusion was judged by."""
         return self.report.config.get("perplexity_tokens") or _JUDGING_TOKENS
 
-    def check_target(self, out: Path) -> bool:
-        """Whether the result would replace a fused model in `out`. Raises ValueError if it cannot go there."""
-        if self.folder == out:
-            raise ValueError(f"{str(out)!r} is the fused model itself; choose another folder for the result.")
-        if "report_to" in self.training_args and (out / LOGS).is_file():
-            raise ValueError(f"{str(out)!r} holds a file {LOGS!r}, where logs go; choose another folder.")
-        return check_replaceable(out, self.base.name)
-
-    def check(self, out: Path) -> Plan:
-        """The plan of this healing.
+    def check(self, out: Path | None) -> Plan:
+        """The plan of this healing, which goes on where one was cut short in the folder of its result.
 
         Raises ValueError, before weights are read, if there is too little text or memory, and OSError if the disk of
         `out`, where the result goes, has too little room for it and for the states of the training.
         """
         fewer = self.report.layers_before - self.report.layers_after
         config = FusionConfig(fewer, "truncate", perplexity_tokens=self.judging_tokens)
-        begun = noted_healing(out / WORK, lambda: self.healing_identity)
-        given = self.training_args
-        plan = plan_run(self.base, config, out, healing=self.settings, begun=begun, training_args=given)
+        trained = out and trained_by(out / WORK / TEACHER)
+        settings = replace(self.settings, train=trained) if trained else self.settings
+        plan = plan_run(
+            self.base, config, out, healing=settings, goes_on=trained is not None, training_args=self.training_args
+        )
         assert plan.healing is not None
         check_text_to_heal(self.tokenizer, self.corpus, plan.healing.settings, self.base)
         return plan
 
     @cached_property
-    def healing_identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str]:
         """Identity of the healing."""
-        text = text_digest(self.corpus.parts.values(), self.tokenizer)
         return identity(
             str(self.report.base_digest),
             self.settings.in_effect(),
-            text,
+            text_digest(self.corpus.parts.values(), self.tokenizer),
             fused=" ".join(map(file_sha, weight_files(self.folder))),
-            processes=Processes.of_launch().world_size,
-            training_args={name: str(value) for name, value in self.training_args.items()},
+            training_args={name: str(value) for name, value in (self.training_args or {}).items()},
             judging_tokens=self.judging_tokens,
-            states=STATES_VERSION,
         )
 
     def check_base(self, digest: str | None) -> None:
@@ -161,8 +165,9 @@ class HealInputs:
             )
 
     def load_fused(self, plan: Plan) -> FusedForCausalLM:
-        """The fused model in memory, or on a card."""
-        placing: dict[str, Any] = {"dtype": "auto", "device_map": plan.one_place}
+        """The fused model, whole where this process trains: in memory, or on its card."""
+        device = own_device(torch.device(plan.device).type) if plan.machine.has_card else None
+        placing: dict[str, Any] = {"dtype": "auto", "device_map": device}
         model: Any = fused_class(self.config).from_pretrained(self.folder, config=self.config, **placing)
         model.tokenizer = self.tokenizer
         return model

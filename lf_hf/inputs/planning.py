@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.saving import WORK
 from lf_hf.healing.result import repeats_note
 from lf_hf.healing.text import expected_epochs
-from lf_hf.inputs.resuming import holds_fused
 from lf_hf.plan.machine import Machine, devices_of
 from lf_hf.plan.plan import Plan
 from lf_hf.plan.probe import probe
@@ -41,15 +39,14 @@ def plan_run(
     folder: Path | None,
     *,
     healing: HealSettings | None = None,
-    begun: Mapping[str, Any] = MappingProxyType({}),
+    goes_on: bool = False,
     training_args: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan on this machine, with room on the disk of `folder`, which has to be there.
 
-    `healing` are the settings of a healing that follows; the plan has those on this launch. `begun` is the note of the
-    same one, where it was cut short in `folder`: it trains what that one trained. `training_args` are None where a user
-    cannot give any. Raises ValueError if a device, training arguments or the memory will not do, and OSError if the
-    disk has too little room.
+    `healing` are the settings of a healing that follows; the plan has those on this launch. `goes_on`: it was cut short
+    in `folder`, and trains what it did. `training_args` are None where a user cannot give any. Raises ValueError if a
+    device, training arguments or the memory will not do, and OSError if the disk has too little room.
     """
     target = folder or Path(tempfile.gettempdir())
     otherwise: str | None = "method='refit'"
@@ -76,8 +73,7 @@ def plan_run(
         if training_args is not None:  # by a command of its own
             shorter = healing.length // 2
             otherwise = f"length={shorter}" if shorter >= SHORTEST_LENGTH else None
-        if begun:
-            healing = replace(healing, train=begun["train"])
+        if goes_on:
             otherwise = f"remove {str(target / WORK)!r} to begin anew"
     place = next(place for place in (target, *target.parents) if place.is_dir())
     from lf_hf.inputs.phases import plan_phases  # imports scipy, which opening does not need
@@ -95,20 +91,19 @@ def plan_run(
     trains = planned.healing and planned.healing.train
     if machine.is_here and trains == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError("train='lora' needs the peft package; run `pip install '.[heal]'` in lf_hf's checkout.")
-    is_fused = holds_fused(place, begun)
     if machine.is_here and (folder is not None or trains):
-        made = [*(place / WORK).rglob("*"), *(place.glob("*.safetensors") if is_fused else ())]
+        made = (folder / WORK).rglob("*") if folder is not None else ()
         written = sum(file.stat().st_size for file in made if file.is_file())
         needed, unused = planned.disk - written, shutil.disk_usage(place).free
         if unused < needed:
             raise OSError(
-                f"The disk of {str(place)!r} has {in_gib(unused)} free, and the fused model takes, with what lies "
-                f"there meanwhile, {in_gib(needed)}; make room, or give a folder on another disk."
+                f"The disk of {str(place)!r} has {in_gib(unused)} free, and the result takes, with what lies there "
+                f"meanwhile, {in_gib(needed)}; make room, or give a folder on another disk."
             )
     minutes = planned.minutes
-    if minutes and begun and (is_fused or "fused" not in begun):  # all else is done
+    if minutes and goes_on:  # all else is done
         minutes = {phase: minutes[phase] for phase in ("heal", "judge")}
-    return replace(planned, begun=begun, minutes=minutes)
+    return replace(planned, minutes=minutes)
 
 
 def check_text_to_heal(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, base: Base) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 
-from lf_hf.runtime.launch import Processes, local_processes, own_device
+from lf_hf.runtime.launch import local_processes, num_processes, own_device
 from lf_hf.runtime.memory import free_memory
 from lf_hf.runtime.numerics import accelerator, computes_bfloat16
 
@@ -56,8 +56,8 @@ class Machine:
 
         A place that `max_memory` does not name is not used, but for the disk. Raises ValueError for one that cannot be
         read. Where it names a device that is not here, the machine is another one, and all that it names is free.
-        Processes of a launch have to plan alike, so each has what the one with the least has, of those with as many
-        places; where each has a card of its own, and another is named, that stands for it.
+        The first process of a launch plans for all; where each has a card of its own, and another is named, that stands
+        for it.
         """
         given = read_max_memory(max_memory) if max_memory else {}
         own, *others = map(str, devices)
@@ -73,11 +73,8 @@ class Machine:
             named = {place: min(size, free.get(place, size)) for place, size in named.items()}
         in_order = sorted(named.keys() - {"disk"}, key=lambda place: (place == "cpu", place))  # cards first
         bfloat16 = computes_bfloat16(torch.device(in_order[0])) if is_here else in_order[0] != "cpu"
-        processes = Processes.of_launch()
-        sizes = processes.all_gather_object([named[place] for place in in_order])
-        least = map(min, zip(*(other for other in sizes if len(other) == len(in_order)), strict=True))
         unlimited = free.get(in_order[0], 0)
-        return cls(dict(zip(in_order, least, strict=True)), bfloat16, is_here, unlimited, processes.world_size)
+        return cls({place: named[place] for place in in_order}, bfloat16, is_here, unlimited, num_processes())
 
 
 def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int]:

@@ -182,6 +182,7 @@ class HealingInfo:
     judged: list[PerplexityInfo]
     seconds: float
     training_args: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # one sentence each
     before: HealingInfo | None = None
 
     @property

@@ -26,11 +26,12 @@ from lf_hf.report.data import (
     SpeedInfo,
     TextFigures,
 )
+from lf_hf.report.notes import damage_notes
 from lf_hf.report.rows import Row, speed_rows
 from lf_hf.runtime.errors import explained
 from lf_hf.settings import FusionConfig
 
-REPORT_NAME = "fusion_report.json"
+REPORT_NAME, PAGE_NAME = "fusion_report.json", "fusion_report.html"
 MOST_LAYERS = 10_000  # larger counts are errors
 CHANGED_NOTE = (
     "The weights were changed after fusing, as by training, by merging an adapter or by another dtype: perplexities "
@@ -53,7 +54,9 @@ class FusionReport:
     seconds : dict
         Wall time by stage.
     notes : list of str
-        What a user should know, one sentence each.
+        What a user should know of the fusion, one sentence each; `all_notes` has those on the model as it is.
+    changed : bool
+        Whether the weights were changed after they were fused, and healed if they were.
     fingerprints, weights_digest, base_digest
         What the model was made of, by content, and digests of the weights of both models; the base's in `dtype`.
     license : dict
@@ -89,6 +92,16 @@ class FusionReport:
     speed: SpeedInfo | None = None
     license: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
+    changed: bool = False
+
+    @property
+    def all_notes(self) -> list[str]:
+        """What a user should know of the model as it is, one sentence each."""
+        notes = [CHANGED_NOTE] if self.changed else []
+        notes += self.notes
+        if self.healed is not None:
+            notes += self.healed.notes
+        return notes + damage_notes(self.perplexities, self.continuations, self.config.get("method"))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,10 +110,10 @@ class FusionReport:
         return {name: value for name, value in self.config.items() if name in in_effect}
 
     def for_weights(self, digest: str | None) -> FusionReport:
-        """The report of a model with these weights: with a note if they are not those that were fused."""
-        if digest is None or self.weights_digest in (None, digest) or CHANGED_NOTE in self.notes:
+        """The report of a model with these weights, which may not be those that were fused."""
+        if digest is None or self.weights_digest in (None, digest):
             return self
-        return dataclasses.replace(self, notes=[CHANGED_NOTE, *self.notes], fingerprints=None)
+        return dataclasses.replace(self, changed=True, fingerprints=None)
 
     @property
     def groups(self) -> list[dict[int, float]]:
@@ -168,7 +181,7 @@ class FusionReport:
         lines += self.details()
         seconds = [f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()]
         lines.append(f"seconds: {', '.join(seconds)}")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"note: {note}" for note in self.all_notes]
         return "\n  ".join(lines)
 
     def details(self) -> list[str]:

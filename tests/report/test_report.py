@@ -56,10 +56,10 @@ def test_perplexities_that_more_than_double_are_named() -> None:
     [judged, _] = make_report().perplexities
     broken = dataclasses.replace(judged, dense=5.0, fused=10.1)
     sound = dataclasses.replace(judged, name="reasoning", dense=5.0, fused=10.0)
-    for fitted, advice in ((True, "Fewer fusions"), (False, "method refit")):
-        [note] = damage_notes([broken, sound], fitted=fitted)
+    for method, advice in (("refit", "Fewer fusions"), ("mka", "method refit")):
+        [note] = damage_notes([broken, sound], [], method)
         assert note.startswith("Perplexity went from 5 to 10.1 (docs): ") and advice in note
-        assert "reasoning" not in note and not damage_notes([sound], fitted=fitted)
+        assert "reasoning" not in note and not damage_notes([sound], [], method)
 
 
 AVERAGED = FusedLayer([1, 2, 3], [0.6, 0.3, 0.1], ratios=[0.75, 0.6], matches=[MATCHES, MATCHES])

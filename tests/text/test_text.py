@@ -374,8 +374,8 @@ def test_a_model_is_asked_a_question_in_its_template() -> None:
 
 def test_a_model_that_writes_nothing_gets_a_note() -> None:
     written, silent = Continuation("A", "b", "c"), Continuation("In the chat template: D", "e", " ")
-    assert not damage_notes([], [written, Continuation("A", "", "")], fitted=True)
-    [note] = damage_notes([], [written, silent], fitted=True)
+    assert not damage_notes([], [written, Continuation("A", "", "")], "refit")
+    [note] = damage_notes([], [written, silent], "refit")
     assert "after 'In the chat template: D'. Fewer" in note and "'A'" not in note
 
 
