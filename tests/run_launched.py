@@ -1,37 +1,35 @@
-"""What the processes of a launch do together; run by test_launches.py, which compares it with what it does alone.
+"""What the two processes of a launch do together; run by test_launches.py, which compares it with what one does alone.
 
-`run_launched.py FOLDER [ARGUMENTS]`: all of it, or a healing alone, with training arguments in JSON.
+`run_launched.py FOLDER heal [ARGUMENTS]`, with training arguments in JSON, or `run_launched.py FOLDER evaluate`.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
-import inspect
 import json
-import runpy
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_llama, make_texts, tensors
+from conftest import make_llama
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
-from transformers.distributed.configuration_utils import DistributedConfig
 
-import lf_hf
-from lf_hf import FusedLlamaForCausalLM, HealSettings
+from lf_hf import HealSettings
 from lf_hf.cli import main as command
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing import trainer
 from lf_hf.healing.loss import Loss, Targets
-from lf_hf.runtime.launch import OtherProcessError, Processes
-from lf_hf.runtime.numerics import weights_digest
+from lf_hf.runtime.launch import rank
 
-HEALING: dict[str, Any] = {"tokens": 2048, "length": 32, "batch_tokens": 128, "learning_rate": 3e-3}
+TOKENS = 4096  # to heal on
+FITTING: dict[str, Any] = {"num_fusions": 2, "selection": "last", "calibration_tokens": 1024, "calibration_length": 32}
+FITTING |= {"perplexity_tokens": 512}
 
 
 def student_figures(*, sharded: bool) -> list[float]:
@@ -52,72 +50,60 @@ def student_figures(*, sharded: bool) -> list[float]:
     return [loss.item(), *(gradient.norm().item() for gradient in gradients)]
 
 
-def saves(folder: Path) -> dict[str, float]:
-    """Save a model that the processes hold between them, by each way of splitting it: how far what loads is off."""
-    ids = torch.arange(40).reshape(2, 20)
-    whole, spread = (FusedLlamaForCausalLM.from_pretrained(folder / "whole") for _ in range(2))
-    for layer in spread.model.layers:
-        fully_shard(layer)
-    models, errors = {"fsdp2": fully_shard(spread)}, {}
-    if "tp_size" in inspect.signature(DistributedConfig).parameters:  # not in older transformers
-        split = {"distributed_config": DistributedConfig(tp_size=2)}
-        models["tp"] = FusedLlamaForCausalLM.from_pretrained(folder / "whole", **split)
-    (folder / "file").touch()
-    for name, model in models.items():
-        model.save_pretrained(folder / name, max_shard_size="50KB")
-        model.save_pretrained(folder / f"{name} given", state_dict=model.state_dict())
-        for out in (name, f"{name} given"):
-            loaded = FusedLlamaForCausalLM.from_pretrained(folder / out)
-            assert tensors(folder / out).keys() == tensors(folder / "whole").keys()
-            with torch.no_grad():
-                errors[out] = float((loaded(ids).logits - whole(ids).logits).abs().max())
-        with pytest.raises((OSError, OtherProcessError), match="Not a directory"):  # on either rank
-            model.save_pretrained(folder / "file" / "out")
-    whole.save_pretrained(folder / f"plain {torch.distributed.get_rank()}")  # each has it whole, so one alone saves
-    return errors
+def say(name: str, value: Any) -> None:
+    """Tell the test, from the first process."""
+    if not rank():
+        print("RESULT " + json.dumps([name, value]), flush=True)
 
 
-def heal(folder: Path, given: dict[str, Any]) -> str:
-    """The kind of launch that the Trainer saw."""
-    texts = make_texts(1200, seed=5)
-    arguments = {"text": texts, "training_args": {"bf16": False, **given}, **HEALING}
-    lf_hf.heal(folder / "fused", folder / "healed", base=folder / "base", **arguments)
-    return str(AcceleratorState().distributed_type.value)
+def options(settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line has them."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def fuse_and_heal(folder: Path) -> str | None:
-    """What this process has of a model that is healed while it is loaded: a digest of its weights."""
-    given: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "heal_tokens": 2048, "perplexity_tokens": 0}
-    model = lf_hf.from_pretrained_fused(folder / "base", **given, calibration=make_texts(1200, seed=5))
-    assert model.fusion_report is not None and model.fusion_report.healed is not None
-    return weights_digest(model.named_parameters())
+def heal(folder: Path, given: dict[str, Any]) -> None:
+    base, fused, texts = (str(folder / name) for name in ("base", "fused", "texts.txt"))
+    if not given:
+        words = ["fuse", base, str(folder / "out"), *options(FITTING), "--heal-tokens", str(TOKENS)]
+        words += ["--calibration", texts, "--no-speed"]
+        refused = command([*words, "--ridge", "0"])  # before the processes are connected
+        say("codes", [command(words), command(words), refused])  # the second finds a result in OUT
+    words = ["heal", fused, str(folder / "healed"), "--base", base, "--text", texts, "--tokens", str(TOKENS)]
+    arguments = [f"{name}={json.dumps(value)}" for name, value in (given or {"fsdp": True}).items()]
+    command([*words, *(word for argument in arguments for word in ("--arg", argument))])
+    say("healed", str(AcceleratorState().distributed_type.value))
+    if not given:
+        say("figures", [student_figures(sharded=sharded) for sharded in (True, False)])
 
 
-def main(folder: Path, given: str = "") -> None:
+def evaluate(folder: Path) -> None:
+    """Run lm_eval twice, of which the first run has no folder to fuse into."""
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.tasks import TaskManager
+
+    import lf_hf.evaluate.lm_eval_model  # noqa: F401  # registers the model
+
+    own: Any = functools.partialmethod(TaskManager.__init__, include_defaults=False)  # else it looks through all
+    TaskManager.__init__ = own  # type: ignore[method-assign]
+    given = f"pretrained={folder / 'base'},num_fusions=1,method=truncate,perplexity_tokens=0"
+    words = ["lm_eval", "--device", "cpu", "--tasks", "choosing", "--include_path", str(folder), "--model", "fused"]
+    try:
+        sys.argv = [*words, "--model_args", given]
+        cli_evaluate()
+    except ValueError as error:
+        say("refused", str(error))
+    logging.disable(logging.WARNING)
+    sys.argv = [*words, "--model_args", f"{given},fused_dir={folder / 'kept'}", "--output_path", str(folder / "found")]
+    cli_evaluate()
+
+
+def main(folder: Path, task: str, given: str = "{}") -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what was imported stays, and takes long to look through
-    words = "--method refit --num-fusions 2 --calibration-tokens 1984 --calibration-length 64".split()
-    words = ["fuse", str(folder / "base"), str(folder / "out"), *words, "--calibration", str(folder / "texts.txt")]
-    refused = 0 if given else command([*words, "--ridge", "0"])  # before the processes are connected
-    processes = Processes.of_launch()
-
-    def say(name: str, value: Any) -> None:
-        if processes.is_main:
-            print("RESULT " + json.dumps([name, value]), flush=True)
-
-    if given:
-        say("healed", heal(folder, json.loads(given)))
-        return
-    say("codes", processes.all_gather_object([command(words), refused]))
-    say("healed", heal(folder, {"fsdp": True}))
-    say("healed while loading", processes.all_gather_object(fuse_and_heal(folder)))
-    say("saves", saves(folder / "saves"))
-    say("figures", [student_figures(sharded=sharded) for sharded in (True, False)])
-    processes.all_gather_object(None)  # all is said, and nothing that the command prints falls into a line of it
-    if processes.rank == 1:  # ends while the other one goes on; the launcher, which sees no failure, does not end that
-        sys.argv[1:] = ["tasks"]
-        runpy.run_module("lf_hf", run_name="__main__")
-    lf_hf.fuse_checkpoint(folder / "base", folder / "of one", num_fusions=1, method="truncate", perplexity_tokens=0)
+    if task == "heal":
+        heal(folder, json.loads(given))
+    else:
+        evaluate(folder)
 
 
 if __name__ == "__main__":

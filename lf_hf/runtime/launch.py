@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, get_cpu_distributed_information
+from accelerate.utils import get_cpu_distributed_information
 from torch import distributed
 
 from lf_hf.runtime.errors import reason
@@ -43,7 +43,7 @@ def compute_once(compute: Callable[[], T]) -> T:
         except Exception as raised:
             error, sent = raised, [OtherProcessError(str(raised))]
     try:
-        broadcast_object_list(sent)
+        distributed.broadcast_object_list(sent)
     except RuntimeError as lost:  # torch has no class of its own for this
         raise error or OtherProcessError(reason(lost)) from lost
     if isinstance(sent[0], OtherProcessError):
