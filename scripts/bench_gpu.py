@@ -10,8 +10,9 @@ of memory are its own, and its row is written when it ends. When time is up, the
 after it are left out.
 
 Each phase has seconds / those of the plan, thousands of tokens a second, and the share of the card's peak in bfloat16
-that its products reach; solutions in float64 do not count. Memory is what was reserved on the card, and taken on the
-host with the pages of mapped files, each / what the plan says. Temporary files (TMPDIR) need 62 GiB.
+that its products reach; solutions in float64 do not count. The plan's seconds of measuring for a fusion that heals hold
+the base's final states, which nothing times. Memory is what was reserved on the card, and taken on the host with the
+pages of mapped files, each / what the plan says. Temporary files (TMPDIR) need 62 GiB.
 
 Why eight minutes suffice for 32 layers, 4096 wide, an MLP of 14336, 16384 tokens to fit and 65536 to heal on, by an
 estimate for an H100 with 400e12 operations a second in bfloat16, 40 % of its peak, 40e12 in float32, and 3e9 bytes a
@@ -67,10 +68,10 @@ SMALL_WORK = {"dtype": "float32", "tokens": 1024, "heal_tokens": 2048, "fusions"
 # Operations a second in bfloat16, without sparsity, by a part of the device's name; the first that fits counts.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 PHASES = {
-    "measure": ("calibration text", "final states"),
-    "choose": ("choosing",),
-    "make": ("making",),
-    "heal": ("healing",),
+    "measure": "calibration text",
+    "choose": "choosing",
+    "make": "making",
+    "heal": "healing",
 }
 """Of a plan, and what a report calls them."""
 
@@ -106,10 +107,9 @@ def fused(base: str, options: argparse.Namespace, method: str, selection: str, p
     with tempfile.TemporaryDirectory(dir=Path(base).parent) as out:
         report = fuse_checkpoint(base, out, **given, **where)
     figures: Figures = {"groups": [sorted(group) for group in report.groups], "planned": plan.peak}
-    healed = given.get("heal_tokens", 0)
-    tokens = {"measure": options.tokens + healed, "heal": healed}
-    for phase, names in PHASES.items():
-        if seconds := sum(report.seconds.get(name, 0.0) for name in names):
+    tokens = {"heal": given.get("heal_tokens", 0)}
+    for phase, name in PHASES.items():
+        if seconds := report.seconds.get(name):
             some = tokens.get(phase, options.tokens)
             figures[phase] = of_phase(plan, phase, some, seconds, peak_rate(options.device))
     found = [plan.healing.why] if plan.healing is not None else []

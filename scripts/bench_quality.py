@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf import FusionConfig
+from lf_hf import FusionConfig, HealSettings
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
+from lf_hf.checkpoint.saving import write_whole
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import MODEL_TYPES, CausalLM, family_of
 from lf_hf.families.table import FAMILIES
-from lf_hf.healing.teacher import open_teacher, write_teacher
 from lf_hf.inputs.fusion import for_model
-from lf_hf.inputs.planning import plan_run
+from lf_hf.inputs.healing import HealInputs
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.measure.predictions import final_states, predictions
-from lf_hf.pipeline import fuse, heal_fused
+from lf_hf.pipeline import FUSED, fuse, heal_fused
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import mid_state, written_by
 from lf_hf.refit.regression import Regression
@@ -77,7 +78,6 @@ class Fuser:
     """Fuses copies of a base by the package's methods, with what was measured on it once."""
 
     base: Base
-    dense: Decoder
     tokenizer: PreTrainedTokenizerBase
     settings: dict[str, Any]
     measured: Measurements
@@ -88,27 +88,22 @@ class Fuser:
         """Fuse in place, and heal where the settings ask for that."""
         config = for_model(FusionConfig(count, **self.settings | settings), model.config)
         is_healed = config.method == "healed" or "heal_tokens" in settings
-        report = fuse(Decoder(model), self.tokenizer, config, self.measured, base="")
+        report = fuse(Decoder(model), self.tokenizer, config, self.measured, base=self.base.name)
         print(f"<!-- {[layer.layers for layer in report.fused_layers]} -->", flush=True)
         if not is_healed:
             return model
         fused = fused_class(model.config).adopt(model, report, self.tokenizer)
-        heal(fused, self.base, self.dense, self.measured, self.training_text, self.heal_tokens)
-        return fused
+        return heal(fused, self.base, self.tokenizer, self.training_text, self.heal_tokens)
 
 
 def heal(
-    fused: FusedForCausalLM, base: Base, dense: Decoder, measured: Measurements, text: Corpus, tokens: int
-) -> None:
-    """Heal a fused model in place, as a fusion with `heal_tokens` does; `dense` is its base."""
-    assert fused.tokenizer is not None
-    config = FusionConfig(base.text_config.num_hidden_layers - fused.config.num_hidden_layers, heal_tokens=tokens)
-    plan = plan_run(base, config, None, healing=config.healing).healing
-    assert plan is not None
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        write_teacher(work, dense, fused.tokenizer, text, plan.settings, measured.judged)
-        heal_fused(fused, open_teacher(work), text, plan, work)
+    fused: FusedForCausalLM, base: Base, tokenizer: PreTrainedTokenizerBase, text: Corpus, tokens: int
+) -> FusedForCausalLM:
+    """The healed model of a fused one, as of a fusion with `heal_tokens`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        saved = write_whole(folder, FUSED, partial(fused.save_pretrained, plain=True))
+        return heal_fused(HealInputs.of(saved, base, tokenizer, text, HealSettings(tokens=tokens)), folder)
 
 
 @dataclass
@@ -400,12 +395,11 @@ def open_ways(
     settings: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": by_default.calibration_tokens}
     corpus = load_corpus(calibration, max_tokens=by_default.calibration_tokens)
     samples = load_calibration()
-    dense = Decoder(base)
-    measured = measure(dense, tokenizer, FusionConfig(1, **settings), samples, corpus)
+    measured = measure(Decoder(base), tokenizer, FusionConfig(1, **settings), samples, corpus)
     assert measured.text is not None
     print(f"Calibrated on {measured.text.source.tokens} tokens: {corpus.full_source}.")
     training_text = load_corpus(calibration, max_tokens=by_default.heal_tokens, to_train=True)
-    fuser = Fuser(opened, dense, tokenizer, settings, measured, training_text, by_default.heal_tokens)
+    fuser = Fuser(opened, tokenizer, settings, measured, training_text, by_default.heal_tokens)
     return fuser, Rivals(measured.text)
 
 

@@ -286,7 +286,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource | None) -> No
     tokenizer = opened.tokenizer()
     decoder = Decoder(opened.load())
     config = for_model(config, opened.config)
-    samples, corpus, _ = Texts.load([config], calibration, tokenizer)
+    samples, corpus = Texts.load([config], calibration, tokenizer)
     text = timed(partial(measure, decoder, tokenizer, config, samples, corpus))
     measured = text.result
     assert measured.text is not None
@@ -298,7 +298,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource | None) -> No
     if config.heal_tokens:
         training_text = load_corpus(calibration, max_tokens=config.heal_tokens, to_train=True, tokenizer=tokenizer)
         fused = cut_short(opened, config.num_fusions, measured)
-        parts["healing"] = timed(partial(heal, fused, opened, decoder, measured, training_text, config.heal_tokens))
+        parts["healing"] = timed(partial(heal, fused, opened, tokenizer, training_text, config.heal_tokens))
     tokens = measured.text.source.tokens
     title = f"{config.method}, {config.num_fusions} layers fused, {tokens} tokens, selection {config.selection}"
     table(title, "", "CPU seconds", "over forward passes", "seconds", "GiB above the weights")
@@ -350,7 +350,7 @@ def one_by_one(
     evaluation, opened = lm_eval.Evaluation(TASKS), Base.open(base, {})
     configs = [for_model(FusionConfig(level, method, **SWEPT), opened.config) for level in levels for method in methods]
     tokenizer, dense = opened.tokenizer(), opened.load()
-    samples, text, _ = Texts.load(configs, f"{folder}/text.txt", tokenizer)
+    samples, text = Texts.load(configs, f"{folder}/text.txt", tokenizer)
     measured = measure(Decoder(dense), tokenizer, configs[0], samples, text)
     evaluation.scores(dense, tokenizer)
     del dense
