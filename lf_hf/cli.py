@@ -257,8 +257,8 @@ def sweep(base: str, out: str, **given: Any) -> None:
     """Fuse BASE by several methods to several sizes, and evaluate all.
 
     Writes each result to OUTDIR/results.jsonl as soon as it is there: an interrupted sweep goes on where it stopped
-    when the command is run again, and the processes of a launch share the work. Writes tables as results.csv and
-    results.md, and a plot as curve.png and curve.svg. Ends with two tables: the results, and how stable each method is.
+    when the command is run again. Writes tables as results.csv and results.md, and a plot as curve.png and curve.svg.
+    Ends with two tables: the results, and how stable each method is.
     """
     from lf_hf.evaluate.sweep import sweep as run_sweep
     from lf_hf.evaluate.tables import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability_rows

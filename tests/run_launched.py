@@ -66,8 +66,9 @@ def heal(folder: Path, given: dict[str, Any]) -> None:
     if not given:
         words = ["fuse", base, str(folder / "out"), *options(FITTING), "--heal-tokens", str(TOKENS)]
         words += ["--calibration", texts, "--no-speed"]
-        refused = command([*words, "--ridge", "0"])  # before the processes are connected
-        say("codes", [command(words), command(words), refused])  # the second finds a result in OUT
+        # Before the processes are connected.
+        refused = [command([*words, "--ridge", "0"]), command(["sweep", base, str(folder), "--num-fusions", "1"])]
+        say("codes", [*refused, command(words), command(words)])  # the last one finds a result in OUT
     words = ["heal", fused, str(folder / "healed"), "--base", base, "--text", texts, "--tokens", str(TOKENS)]
     arguments = [f"{name}={json.dumps(value)}" for name, value in (given or {"fsdp": True}).items()]
     command([*words, *(word for argument in arguments for word in ("--arg", argument))])
@@ -84,7 +85,7 @@ def evaluate(folder: Path) -> None:
     import lf_hf.evaluate.lm_eval_model  # noqa: F401  # registers the model
 
     own: Any = functools.partialmethod(TaskManager.__init__, include_defaults=False)  # else it looks through all
-    TaskManager.__init__ = own  # type: ignore[method-assign]
+    TaskManager.__init__ = own
     given = f"pretrained={folder / 'base'},num_fusions=1,method=truncate,perplexity_tokens=0"
     words = ["lm_eval", "--device", "cpu", "--tasks", "choosing", "--include_path", str(folder), "--model", "fused"]
     try:

@@ -53,9 +53,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 def test_the_first_process_writes_and_speaks_for_all(launch: Launch) -> None:
     """Also where it fails: the others end with it."""
-    assert launch.results["codes"] == [0, 1, 2], launch.err
+    assert launch.results["codes"] == [2, 1, 0, 1], launch.err
     assert launch.out.count("bytes on disk") == 1
-    for sentence in ("ridge must be", "holds a result already"):
+    for sentence in ("ridge must be", "A sweep is one process", "holds a result already"):
         assert launch.err.count(sentence) == 1
 
 
@@ -89,7 +89,7 @@ def test_to_fuse_and_heal_is_to_fuse_and_then_to_heal(launch: Launch) -> None:
 def test_lm_eval_fuses_once_and_loads_it_in_every_process(tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     (tmp_path / "data.jsonl").write_text('{"question": "layer model"}\n{"question": "neuron weight fuse"}\n')
-    task = {"task": "choosing", "output_type": "multiple_choice", "doc_to_choice": ["model", "row"]}
+    task: dict[str, Any] = {"task": "choosing", "output_type": "multiple_choice", "doc_to_choice": ["model", "row"]}
     task |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
     task |= {"test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": 0}
     (tmp_path / "choosing.yaml").write_text(yaml.safe_dump(task))

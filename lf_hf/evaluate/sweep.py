@@ -1,4 +1,4 @@
-"""Many fusions of one base, each evaluated, by one process or several, in one go that may be interrupted."""
+"""Many fusions of one base, each evaluated, by one process, in one go that may be interrupted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lf_hf.inputs.planning import check_text_to_heal, plan_run
 from lf_hf.measure.dense import measure
 from lf_hf.report.data import TextFigures
 from lf_hf.report.report import versions
-from lf_hf.runtime.launch import num_processes, own_device
+from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import Corpus, load_corpus
@@ -62,8 +62,7 @@ def sweep(
     """Fuse a base at several levels with several methods, and evaluate the base and each fusion.
 
     The base is read and measured once. Each point is added to `results.jsonl` in `out` as soon as it is there, and a
-    sweep that is run again goes on where it stopped. Of the processes of a launch each makes a part of the points, on
-    one machine or on several that share the folder. The tables `results.csv` and `results.md` and, with matplotlib,
+    sweep that is run again goes on where it stopped. The tables `results.csv` and `results.md` and, with matplotlib,
     the pictures `curve.png` and `curve.svg` hold all points that were asked for.
 
     Parameters
@@ -81,8 +80,7 @@ def sweep(
     settings : dict, optional
         FusionConfig fields for every fusion.
     **kwargs
-        As for `from_pretrained` (dtype, device_map, revision, ...). In a launch with a process for each
-        GPU, device_map="cuda" is each one's own.
+        As for `from_pretrained` (dtype, device_map, revision, ...).
 
     Returns the dense model's point first, then the others by level.
 
@@ -95,11 +93,13 @@ def sweep(
     """
     if find_spec("lm_eval") is None:
         raise ValueError("Sweeps evaluate with lm-eval; run `pip install '.[lm-eval]'` in lf_hf's checkout.")
+    if local_processes() > 1:
+        raise ValueError("A sweep is one process; start it without a launcher.")
     from lf_hf.evaluate.evaluation import Evaluation
 
     check_evaluation(limit, batch_size or 1)
     folder = checked_folder(out)
-    opened = Base.open(base, kwargs | {"device_map": own_device(kwargs.get("device_map"))})
+    opened = Base.open(base, kwargs)
     configs = _configs(opened.config, num_fusions, methods, tasks, settings or {})
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
@@ -162,11 +162,6 @@ class _Maker:
         """Raise ValueError if healed points cannot be made here."""
         if self.to_heal is None:
             return
-        if num_processes() > 1:
-            raise ValueError(
-                "Processes that share a sweep cannot heal; start it as one process, or give methods without 'healed', "
-                "and no heal_tokens."
-            )
         # The fusion whose healing takes most has the most layers left.
         most = min((config for config in self.configs if config.heal_tokens), key=lambda config: config.num_fusions)
         plan = plan_run(self.base, most, None, healing=most.healing).healing
