@@ -252,7 +252,7 @@ def test_a_change_of_any_parameter_gets_a_note_once() -> None:
             parameter.mul_(1.01)
             changed = report.for_weights(digest(model))
             parameter.copy_(kept)
-        assert changed.notes == [CHANGED_NOTE, *report.notes] and changed.for_weights("another") == changed
+        assert changed.all_notes == [CHANGED_NOTE, *report.all_notes] and changed.for_weights("another") == changed
     assert make_report().for_weights("any") == make_report()  # of an older report nothing is known
     with torch.device("meta"):
         assert digest(make_llama()) is None
