@@ -109,19 +109,19 @@ class FusionConfig(Settings):
 
     max_divergence: Annotated[float | None, Field(gt=0)] = None
     """Fuse as many layers as possible while the fused model's predictions diverge from the base's by no more than this,
-    in nats a token. That is measured on an eighth of the calibration text that was given, to which nothing is fitted.
-    """
+    in nats a token, before any healing. That is measured on an eighth of the calibration text that was given, to which
+    nothing is fitted."""
 
     max_perplexity_ratio: Annotated[float | None, Field(gt=1)] = None
-    """Like max_divergence, while perplexity is no more than this many times the base's."""
+    """Like max_divergence, while perplexity, before any healing, is no more than this many times the base's."""
 
     perplexity_tokens: Annotated[int, Field(ge=0)] = 4000
     """Tokens of each text that both models are judged on, by their perplexity and by how far predictions moved; 0 skips
     this, and the sample texts that both write."""
 
     speed: bool = True
-    """Measure the speed of the fused model and of its base, which takes some seconds; only in one process, and
-    where no weights are offloaded."""
+    """Measure the speed of the fused model and of its base, which takes some seconds; only where no weights are
+    offloaded."""
 
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED), Needs("is_random")] = 0
     """Seed of the mutual information estimate, of the calibration text that the model writes, and of healing."""

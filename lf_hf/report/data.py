@@ -266,7 +266,7 @@ class BudgetInfo:
         tried = sorted(self.tried, key=lambda trial: trial.num_fusions)
         costs = ", ".join(f"{trial.costs(self.name):.4g} with {trial.num_fusions}" for trial in tried)
         aside = f"{self.tokens:,} tokens of calibration text that were kept aside"
-        return f"{self.name}={self.allowed:g} on {aside}: {costs} fused."
+        return f"{self.name}={self.allowed:g} before any healing, on {aside}: {costs} fused."
 
 
 @dataclass(frozen=True)
