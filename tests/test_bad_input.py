@@ -233,7 +233,7 @@ ROWS: dict[str, Row] = {
     "metadata": (mistyped, (*SWEEP, "--num-fusions", "1", "--metadata", "mmlu"), "value for '--metadata': Expecting"),
     "a training argument": (mistyped, (*HEAL, "--arg", "bf16"), "must be NAME=VALUE, got 'bf16'"),
     "no such folder": (failed, ("fuse", "{base}", "{out}/../x", "--num-fusions", 1), "x' leads through a folder that"),
-    "bytes": (failed, ("fuse", "{base}", "{out}\udcff", "--num-fusions", 1, "--dry-run"), "give a path in UTF-8"),
+    "bytes": (failed, ("fuse", "{base}", "{out}\udcff", "--num-fusions", 1, "--dry-run"), "cannot be written"),
     "a disk as device": (failed, (*ONE, "--device", "disk"), "'disk' cannot be used"),
     "memory of a place that is none": (failed, (*ONE, "--max-memory", "20GiB"), "--max-memory must be places and siz"),
     "a card that is not here": (failed, (*ONE, "--max-memory", "cuda:7=20GiB,cpu=4GiB"), "does not have; a dry run"),

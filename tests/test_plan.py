@@ -149,8 +149,8 @@ def test_what_a_user_should_know_is_noted(
     fuse_checkpoint(base, out, config)
     assert "no instructions for bfloat16" in caplog.text
     caplog.clear()
-    said = dry_run(base, config, out=out).summary()
-    assert f"note: {str(out)!r} holds a fused model, which would be replaced." in said
+    said = dry_run(base, config, out=out, overwrite=True).summary()
+    assert f"note: {str(out)!r} holds a result, which would be replaced." in said
     assert "This CPU has no instructions for bfloat16" in caplog.text
 
 
@@ -282,7 +282,7 @@ def test_groups_are_as_long_as_so_many_fusions_need() -> None:
     assert plan_phases(WIDE, torch.bfloat16, config, enough).longest == 8  # 30 layers become 4
 
 
-@pytest.mark.parametrize("where", ["measure", "heal_fused"])
+@pytest.mark.parametrize("where", ["measure", "open_teacher"])
 def test_memory_that_runs_out_all_the_same_is_said_with_what_to_plan_with(
     where: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,12 +336,11 @@ def test_this_machine_gives_no_more_than_it_has_and_another_one_all_that_is_name
     assert other.free == {"cuda:7": 24 * GIB, "cpu": 9999 * GIB}
 
 
-def test_processes_of_a_launch_plan_alike_each_with_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the one that has least, whichever card is named."""
-    has = {"cuda:3": 80 * GIB, "cpu": 64 * GIB}
-    launch = SimpleNamespace(world_size=2, all_gather_object=lambda mine: [mine, [9 * GIB for _ in mine]])
+def test_in_a_launch_with_a_card_for_each_process_any_that_is_named_stands_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    has = {"cuda:3": 9 * GIB, "cpu": 9 * GIB}
     for name, value in {
-        "Processes": SimpleNamespace(of_launch=lambda: launch),
         "local_processes": lambda: 2,
         "free_memory": lambda device: has[str(device)],
         "computes_bfloat16": lambda _: True,

@@ -62,7 +62,7 @@ def test_every_path_writes_the_same_tensors(
     base = make_base(**overrides)
     shutil.copytree(base, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
     make_llama(**overrides).save_pretrained(sharded, max_shard_size="40KB")
-    monkeypatch.setattr(classes, "MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr("lf_hf.pipeline.MAX_SHARD_BYTES", 30_000)
     high_report = fuse(base, high, device_map=OUTER | LAYERS, **settings)
     low_report = fuse(sharded, low, **settings, **ON_DISK)
     assert min(len(list(folder.glob("model-*.safetensors"))) for folder in (low, sharded)) > 1
@@ -84,16 +84,16 @@ def test_both_paths_write_the_same_settings_for_generation(base: str, tmp_path: 
     (copy / "config.json").write_text(json.dumps(config | {"do_sample": True, "temperature": 0.5, "max_length": 50}))
     found = []
     for placed in (ON_DISK, {}):
-        fuse(copy, tmp_path / "out", method="truncate", **placed)
+        fuse(copy, tmp_path / "out", method="truncate", overwrite=True, **placed)
         found.append(json.loads((tmp_path / "out" / "generation_config.json").read_text()))
     assert found[0] == found[1] and found[0]["temperature"] == 0.5
     published = {"temperature": 0.9, "top_p": 0.6}  # without do_sample, as of a Vicuna
     (copy / "generation_config.json").write_text(json.dumps(published))
-    assert fuse(copy, tmp_path / "out", method="truncate", revision="v2").revision == "v2"
+    assert fuse(copy, tmp_path / "out", method="truncate", overwrite=True, revision="v2").revision == "v2"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()).items() >= published.items()
     (copy / "generation_config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"generation_config.json of .* cannot be used"):
-        fuse(copy, tmp_path / "out", method="truncate")
+        fuse(copy, tmp_path / "out", method="truncate", overwrite=True)
 
 
 def test_the_base_is_not_replaced(base: str, tmp_path: Path) -> None:
@@ -101,11 +101,11 @@ def test_the_base_is_not_replaced(base: str, tmp_path: Path) -> None:
     fuse(base, plain, method="truncate")
     before = tensors(plain)
     for again in (
-        lambda: fuse(plain, plain),
-        lambda: dry_run(plain, FusionConfig(1), out=plain),
+        lambda: fuse(plain, plain, method="truncate", overwrite=True),
+        lambda: dry_run(plain, FusionConfig(1), out=plain, overwrite=True),
         lambda: lf_hf.from_pretrained_fused(plain, num_fusions=1, fused_dir=plain),
     ):
-        with pytest.raises(ValueError, match="is the base itself; choose another folder"):
+        with pytest.raises(ValueError, match="is what the run reads; choose another folder"):
             again()
     assert same(tensors(plain), before)
 
@@ -257,8 +257,8 @@ def test_links_are_followed_as_in_the_hub_cache(base: str, fused: Path, tmp_path
         shutil.copy(file, home / "blobs" / f"{number}")
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     for fuse in (in_memory, from_folder_to_folder):
-        fuse("some/model", tmp_path / "out", cache_dir=str(tmp_path))
-        assert same(tensors(tmp_path / "out"), tensors(fused))
+        fuse("some/model", tmp_path / fuse.__name__, cache_dir=str(tmp_path))
+        assert same(tensors(tmp_path / fuse.__name__), tensors(fused))
     (tmp_path / "links").mkdir()
     for file in fused.iterdir():
         (tmp_path / "links" / file.name).symlink_to(file)

@@ -351,7 +351,6 @@ def test_a_picture_and_a_question_go_through_the_processor_of_the_base(tmp_path:
     base = save_base(tmp_path / "base", tiny_model("gemma3"), words)
     Gemma3Processor(pixels, words, image_seq_length=4).save_pretrained(base)
     file = Path(base, "processor_config.json").read_bytes()
-    words.save_pretrained(tmp_path / "written")  # a user's tokenizer keeps no processor away
     lf_hf.fuse_checkpoint(base, tmp_path / "written", **QUICK)
     lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **QUICK)
     again = lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **QUICK)
