@@ -157,13 +157,12 @@ def heal_fused(inputs: HealInputs, folder: Path) -> FusedForCausalLM:
         decoder = Decoder(model)
         if not rank():
             report = with_speed(report, model, inputs.base.config)
-            relations = {text.name: text.relation for text in report.perplexities}
-            report = replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head))
+            report = replace(report, perplexities=judge(decoder, teacher.judged, teacher.head))
         fused_layers = [number for number, group in enumerate(report.groups) if len(group) > 1]
         healed = heal(decoder, fused_layers, teacher, plan.healing, work / TRAINING, inputs.training_args or {})
         gc.collect()  # the Trainer, in which objects know each other, and all that it holds
         if not rank():
-            report = healed_report(report, healed, decoder, teacher, inputs.corpus, inputs.tokenizer)
+            report = healed_report(report, healed, decoder, teacher, inputs.tokenizer)
     model.remember(report)
     return model
 

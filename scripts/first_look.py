@@ -34,8 +34,7 @@ def main() -> None:
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table(reports, scores), soft_wrap=False)
-    last = list(reports)[-1]
-    for judged in reports[last].perplexities:
+    for judged in list(reports.values())[-1].perplexities:
         console.print(f"{judged.name}, {judged.tokens} tokens: {judged.text}")
     for task, (_, questions) in scores["dense"].items():
         if questions < FEW_QUESTIONS:

@@ -15,7 +15,6 @@ from lf_hf.report.data import HealingInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.numerics import weights_digest
-from lf_hf.text.calibration import Corpus
 
 logger = logging.get_logger(__name__)
 _MOST_EPOCHS = 3  # more times through the same text are worth a warning
@@ -39,10 +38,9 @@ def healed_report(
     healed: HealingInfo,
     decoder: Decoder,
     teacher: Teacher,
-    corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
 ) -> FusionReport:
-    """The report of what a fused model has become by training on a corpus."""
+    """The report of what a fused model has become by training."""
     perplexities = report.perplexities
     if healed.kept:
         perplexities = judge(decoder, teacher.judged, teacher.head)

@@ -128,7 +128,10 @@ class TextFigures(NamedTuple):
 
 @dataclass(frozen=True)
 class PerplexityInfo:
-    """The figures of the fused model on a text of so many tokens, and the dense model's perplexity."""
+    """The figures of the fused model on a text of so many tokens, and the dense model's perplexity.
+
+    `text` says what it is, and whether text of its kind is in the bundled calibration text.
+    """
 
     name: str
     text: str
@@ -150,7 +153,7 @@ class PerplexityInfo:
 
     @property
     def source(self) -> str:
-        """Name and size, and what the text is."""
+        """Name, size and what it is."""
         return f"{self.name}: {self.tokens:,} tokens of {self.text}"
 
 

@@ -27,7 +27,7 @@ QUESTION = "Which city is the capital of France, and what is it known for?"
 
 @dataclass(frozen=True)
 class JudgingText:
-    """A text by the head of its column; `source` says what it is, and what of its kind is in the bundled text."""
+    """A text by the head of its column; `source` says what it is, and whether its kind is in the bundled text."""
 
     name: str
     source: str
@@ -39,11 +39,11 @@ def judging_texts() -> list[JudgingText]:
 
     The second are the BIG-bench Hard examples (Suzgun et al., arXiv:2210.09261) that lm-eval ships.
     """
-    python = f"the second half of the documentation of Python {platform.python_version()}"
-    docs = f"{python}, whose first half is in the bundled calibration text"
-    reasoning = "worked BIG-bench Hard questions that lm-eval ships, of which the bundled calibration text has none"
-    texts = [JudgingText("docs", docs, documentation_halves()[1]), JudgingText("reasoning", reasoning, _reasoning())]
-    return [judging for judging in texts if judging.text]
+    half = f"the second half of Python {platform.python_version()}'s documentation"
+    docs = JudgingText("docs", f"{half}, of which the bundled text has the first", documentation_halves()[1])
+    worked = "worked BIG-bench Hard questions that lm-eval ships, a kind that the bundled text does not have"
+    reasoning = JudgingText("reasoning", worked, _reasoning())
+    return [judging for judging in (docs, reasoning) if judging.text]
 
 
 def judging_sequences(tokenizer: PreTrainedTokenizerBase, tokens: int, longest: int) -> dict[str, list[Tensor]]:

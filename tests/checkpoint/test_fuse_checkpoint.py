@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, from_pretrained_fused, fuse_checkpoint
-from lf_hf.checkpoint import classes
 from lf_hf.checkpoint.card import model_card
 from lf_hf.checkpoint.weights import local_folder, tensor_files
 from lf_hf.evaluate.points import read_points
