@@ -121,7 +121,7 @@ def from_pretrained_fused(
     from lf_hf import pipeline  # imports scipy, which loading does not need
 
     if inputs.config.healing is None:
-        return pipeline.fuse_base(inputs)
+        return pipeline.fuse_base(inputs, inputs.check())
     scratch = Path(tempfile.mkdtemp())
     try:
         pipeline.make_result(inputs, scratch, overwrite=False)

@@ -71,17 +71,22 @@ def make_result(inputs: FusionInputs, folder: Path, *, overwrite: bool, wait: bo
         begun = run_folder(folder, made_of, inputs.base.folder, overwrite=overwrite, wait=wait)
         return stack.enter_context(begun) is None and not (wait and why_not_reused(folder, made_of) is None)
 
-    def fuse_into() -> None:
+    def fuse_into() -> Plan | None:
+        if fused.is_dir():
+            return None
+        plan = inputs.check(folder)
+        write = _writer(fuse_base(inputs, plan, folder), inputs)
         if inputs.config.healing is None:
-            write_result(folder, _writer(fuse_base(inputs, folder), inputs))
-        elif not fused.is_dir():
-            write_whole(folder, FUSED, _writer(fuse_base(inputs, folder), inputs))
+            write_result(folder, write)
+        else:
+            write_whole(folder, FUSED, write)
+        return plan
 
     with ExitStack() as stack:
         if compute_once(begin):
-            compute_once(fuse_into)
+            plan = compute_once(fuse_into)
             if inputs.config.healing is not None:
-                model = heal_fused(inputs.to_heal(fused), folder)
+                model = heal_fused(inputs.to_heal(fused), folder, plan)
                 compute_once(lambda: write_result(folder, _writer(model, inputs, folder)))
 
 
@@ -112,9 +117,8 @@ def _writer(
     return write
 
 
-def fuse_base(inputs: FusionInputs, folder: Path | None = None) -> FusedForCausalLM:
+def fuse_base(inputs: FusionInputs, plan: Plan, folder: Path | None = None) -> FusedForCausalLM:
     """Open a base, measure it, and fuse its layers; `folder` is that of the result, where it goes into one."""
-    plan = inputs.check(folder)
     base, tokenizer, config = inputs.base, inputs.tokenizer, inputs.config
     with following(plan):
         decoder = base.open_decoder(plan, folder and folder / WORK / SCRATCH)
@@ -138,16 +142,16 @@ def fuse_measured(
     return model_class.adopt(decoder.model, report, tokenizer)
 
 
-def heal_fused(inputs: HealInputs, folder: Path) -> FusedForCausalLM:
+def heal_fused(inputs: HealInputs, folder: Path, plan: Plan | None = None) -> FusedForCausalLM:
     """Heal a fused model: its base is opened, measured and closed before the model is read.
 
-    What is measured and states of the training lie in the hidden folder of `folder`. All processes of a launch train,
-    and the first one has the result.
+    `plan` is that of the run which fused it, where this one did. What is measured and states of the training lie in the
+    hidden folder of `folder`. All processes of a launch train, and the first one has the result.
     """
     from lf_hf.healing.heal import heal  # imports the Trainer, which takes seconds
 
     work = folder / WORK
-    plan = compute_once(lambda: _measure_base(inputs, folder))
+    plan = compute_once(lambda: _measure_base(inputs, folder, plan))
     assert plan.healing is not None
     with following(plan):
         model, teacher, report = inputs.load_fused(plan), open_teacher(work / TEACHER), inputs.report
@@ -167,11 +171,11 @@ def heal_fused(inputs: HealInputs, folder: Path) -> FusedForCausalLM:
     return model
 
 
-def _measure_base(inputs: HealInputs, folder: Path) -> Plan:
-    """Plan a healing, and measure its base, unless an earlier run of the same has done so."""
+def _measure_base(inputs: HealInputs, folder: Path, plan: Plan | None) -> Plan:
+    """Measure the base of a healing, unless an earlier run of the same has done so; returns the plan."""
     gc.collect()  # what offloading holds of layers that are gone
     give_back_freed()
-    plan, teacher = inputs.check(folder), folder / WORK / TEACHER
+    plan, teacher = plan or inputs.check(folder), folder / WORK / TEACHER
     assert plan.healing is not None
     if trained_by(teacher) is None:
         with following(plan):
