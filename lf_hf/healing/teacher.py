@@ -164,7 +164,7 @@ def _save(known: Any, file: Path) -> None:
 
 def _load(file: Path) -> Any:
     """What `_save` wrote."""
-    with safe_open(file, "pt") as opened:
+    with safe_open(file, "pt", backend="pread") as opened:  # what is mapped stays in memory as long as a part of it
 
         def with_tensors(entry: dict[str, Any]) -> Any:
             return opened.get_tensor(entry[_TENSOR]) if entry.keys() == {_TENSOR} else entry

@@ -68,7 +68,7 @@ def test_every_path_writes_the_same_tensors(
     assert same(tensors(low), tensors(high))
     assert (low / "config.json").read_text() == (high / "config.json").read_text()
     # A model on disk would be read for each token of the continuations.
-    found: dict[str, Any] = {"seconds": None, "continuations": [], "base": ""}
+    found: dict[str, Any] = {"seconds": None, "continuations": [], "base": "", "fingerprints": None}
     assert low_report.to_dict() | found == high_report.to_dict() | found
     if settings["method"] == "refit":
         assert low_report.calibration[0].source.endswith("text by the model itself")

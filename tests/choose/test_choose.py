@@ -290,7 +290,7 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     assert at[number].perplexity_ratio == pytest.approx(math.exp(after - before), rel=1e-4)
     assert at[number].costs(level) <= allowed < at[number + 1].costs(level)
     assert report.config[level] == allowed and report.config["num_fusions"] is None
-    assert f"{level}={allowed:g} on" in report.summary()
+    assert f"{level}={allowed:g} before any healing, on" in report.summary()
     assert FusionReport.from_dict(report.to_dict()) == report
 
 

@@ -92,7 +92,7 @@ def test_what_differs_in_healing_alone_is_fused_once_and_drawn_alike(
     points = run(tmp_path / "both", methods=["healed", "refit"], **heal)
     assert [point.method for point in points] == [DENSE, "refit", "healed", "refit, healed"]
     assert [point.config["heal_tokens"] for point in points if point.config] == [0, 2048, 2048]
-    assert judged[1] is judged[2] is judged[3] and judged[0] is not judged[1]
+    assert same(judged[2], judged[3]) and not same(judged[1], judged[2])
     lines = {line.get_label(): line for line in sweep_curve(points).axes[0].get_lines()}
     fused, healed = lines["refit"], lines["refit, healed"]
     assert fused.get_color() == healed.get_color() and [fused.get_linestyle(), healed.get_linestyle()] == ["-", "--"]

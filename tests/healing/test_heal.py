@@ -233,7 +233,7 @@ def test_what_was_measured_on_the_base_and_cut_is_measured_anew(
 def test_a_run_that_goes_on_with_too_little_memory_says_how_to_begin_anew(
     heal: Heal, killed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lf_hf.plan.plan.healing_bytes", lambda *_, **__: 1 << 48)
+    monkeypatch.setattr("lf_hf.healing.ladder.training_bytes", lambda *_, **__: 1 << 48)
     place = re.escape(str(killed / WORK))
     with pytest.raises(ValueError, match=f"train='layers' .* give a device with so much, or remove '{place}' to begin"):
         heal(out=killed)
