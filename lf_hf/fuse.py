@@ -21,6 +21,7 @@ from lf_hf.checkpoint.identity import JUDGING, why_not_reused
 from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
+from lf_hf.inputs.planning import plan_run
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import compute_once, num_processes
 from lf_hf.settings import FusionConfig, HealSettings
@@ -124,8 +125,9 @@ def from_pretrained_fused(
         return pipeline.fuse_base(inputs, inputs.check())
     scratch = Path(tempfile.mkdtemp())
     try:
-        pipeline.make_result(inputs, scratch, overwrite=False)
-        model = inputs.load_made(scratch)
+        device = pipeline.make_result(inputs, scratch, overwrite=False)
+        is_on_card = device is not None and device.type != "cpu"
+        model = inputs.load_made(scratch, device if is_on_card else None)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -143,7 +145,8 @@ def _kept_in(folder: Path, inputs: FusionInputs) -> FusedForCausalLM:
         if (folder / REPORT_NAME).is_file():
             logger.warning(f"{reason} Fusing, to replace it.")
         pipeline.make_result(inputs, folder, overwrite=True, wait=True)
-    model = inputs.load_made(folder)
+    plan = plan_run(inputs.base, FusionConfig(1, "truncate", perplexity_tokens=0), None)
+    model = inputs.load_made(folder, plan.place)
     report, asked = model.report, inputs.config.to_dict()
     judged_with = [f"{name}={report.config[name]}" for name in JUDGING if report.config[name] != asked[name]]
     if judged_with:

@@ -58,11 +58,11 @@ FUSED = "fused"
 _HELD_OUT = 4  # sequences of calibration text that layers are not fitted to, but judged on
 
 
-def make_result(inputs: FusionInputs, folder: Path, *, overwrite: bool, wait: bool = False) -> None:
+def make_result(inputs: FusionInputs, folder: Path, *, overwrite: bool, wait: bool = False) -> torch.device | None:
     """Fuse a base, and heal the result where that is asked for, into a folder, as a plain checkpoint.
 
     Where an earlier run of the same was cut short there, it goes on. With `wait` it waits for other runs there, and
-    does nothing if one of them has made the same.
+    does nothing if one of them has made the same. Returns where the result was trained, if it was.
     """
     fused = folder / WORK / FUSED
 
@@ -88,6 +88,8 @@ def make_result(inputs: FusionInputs, folder: Path, *, overwrite: bool, wait: bo
             if inputs.config.healing is not None:
                 model = heal_fused(inputs.to_heal(fused), folder, plan)
                 compute_once(lambda: write_result(folder, _writer(model, inputs, folder)))
+                return model.device
+    return None
 
 
 def heal_result(inputs: HealInputs, folder: Path, *, overwrite: bool) -> None:

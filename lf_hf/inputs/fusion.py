@@ -140,11 +140,10 @@ class FusionInputs:
         assert self.healing_text is not None and self.config.healing is not None
         return HealInputs.of(folder, self.base, self.tokenizer, self.healing_text, self.config.healing)
 
-    def load_made(self, folder: Path) -> FusedForCausalLM:
-        """What was made of the base and kept in a folder: it lies where the base would."""
-        plan = plan_run(self.base, FusionConfig(1, "truncate", perplexity_tokens=0), None)
+    def load_made(self, folder: Path, device_map: Any) -> FusedForCausalLM:
+        """What was made of the base and kept in a folder."""
         loading = {name: value for name, value in self.base.loading.items() if name not in BASE_ONLY_ARGUMENTS}
-        model: FusedForCausalLM = self.model_class.from_pretrained(folder, **loading | {"device_map": plan.place})
+        model: FusedForCausalLM = self.model_class.from_pretrained(folder, **loading | {"device_map": device_map})
         model.tokenizer = self.tokenizer
         return model
 
