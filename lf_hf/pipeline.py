@@ -46,7 +46,7 @@ from lf_hf.runtime.amounts import MAX_SHARD_BYTES
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.launch import compute_once, rank
 from lf_hf.runtime.memory import give_back_freed
-from lf_hf.runtime.numerics import weights_digest
+from lf_hf.runtime.numerics import to_device, weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.averaging import average
@@ -158,7 +158,8 @@ def heal_fused(inputs: HealInputs, folder: Path, plan: Plan | None = None) -> Fu
     with following(plan):
         model, teacher, report = inputs.load_fused(plan), open_teacher(work / TEACHER), inputs.report
         assert teacher.head is not None
-        if plan.healing.train != "all" and torch.equal(teacher.head, model.lm_head.weight.cpu()):
+        own = model.lm_head.weight
+        if plan.healing.train != "all" and torch.equal(to_device(teacher.head, own.device), own):
             teacher = replace(teacher, head=None)
         decoder = Decoder(model)
         if not rank():
