@@ -109,7 +109,7 @@ def timed_apart(run: Callable[[S], T], prepare: Callable[[], S]) -> Cost[T]:
 
 def _prepared(run: Callable[[S], T], prepare: Callable[[], S]) -> Cost[T]:
     quiet()
-    with torch.inference_mode():
+    with torch.no_grad():
         return timed(partial(run, prepare()))
 
 
