@@ -264,6 +264,22 @@ def test_a_tiny_model_does_with_the_least_that_is_named(base: str, tmp_path: Pat
     fuse_checkpoint(base, tmp_path, max_memory={"cpu": refused.value.needed}, **given)
 
 
+@pytest.mark.parametrize(
+    ("on", "fusions", "ways"),
+    [
+        (machine(11), 4, r"max_memory=cpu=65536MiB\."),
+        (machine(24, 24), 26, r"num_fusions=\d+\."),
+        (machine(4, 4), 4, r"much\."),
+    ],
+)
+def test_a_refusal_advises_what_would_do(on: Machine, fusions: int, ways: str) -> None:
+    config = FusionConfig(fusions, "refit", calibration_tokens=TOKENS)
+    with pytest.raises(NoRoom, match=f"give a device with so .*{ways}") as refused:
+        plan_phases(WIDE, torch.bfloat16, config, on)
+    for fewer in re.findall(r"num_fusions=(\d+)", str(refused.value)):
+        assert plan_phases(WIDE, torch.bfloat16, replace(config, num_fusions=int(fewer)), on)
+
+
 def test_a_limit_leaves_the_groups_as_they_are() -> None:
     """So the same are fused: it is refused where they do not fit, with the least that would do."""
     free = machine(memory=64)

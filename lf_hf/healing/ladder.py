@@ -18,14 +18,12 @@ _KINDS = 4  # of text that is healed on, about: two that are given, and text and
 _STATE, _OF_ADAPTER = 12, 4  # bytes on disk of a trained parameter: it and two moments, and an adapter's alone
 
 
-def plan_training(
-    machine: Machine, fusions: int, healing: HealSettings, otherwise: str | None, shape: Shape, least: int
-) -> HealingPlan:
+def plan_training(machine: Machine, fusions: int, healing: HealSettings, shape: Shape, least: int) -> HealingPlan:
     """What trains: the first rung of a ladder that fits, with as many sequences at a time as fit.
 
     All layers, the fused ones, or adapters, each without and with checkpoints of gradients. The fused model stays where
-    it trains, and what is not trained is its own. Raises NoRoom, with the advice `otherwise`, where no rung fits: it
-    names no less than the `least` bytes that all else takes.
+    it trains, and what is not trained is its own. Raises NoRoom where no rung fits: it names no less than the `least`
+    bytes that all else takes.
     """
     layers = shape.layers - fusions
     own, free = machine.own_bytes(shape.vocab), machine.free[machine.device]
@@ -56,7 +54,7 @@ def plan_training(
         settings = replace(healing, train=train)
         return HealingPlan(settings, machine.device, checkpoints, sequences, why, takes, disk, work)
     what = f"healing with train={ladder[-1]!r} and gradient checkpointing"
-    raise NoRoom(what, machine, max(tried[ladder[-1]], least), otherwise)
+    raise NoRoom(what, machine, max(tried[ladder[-1]], least), machine.device)
 
 
 def training_bytes(shape: Shape, machine: Machine, layers: int, trained: int, tokens: int, *, checkpoints: bool) -> int:

@@ -49,7 +49,7 @@ def plan_run(
     device, training arguments or the memory will not do, and OSError if the disk has too little room.
     """
     target = folder or Path(tempfile.gettempdir())
-    otherwise: str | None = "method='refit'"
+    otherwise: str | None = None
     dtype, device_map = base.loaded_dtype, base.loading.get("device_map")
     max_memory = base.loading.get("max_memory")
     is_spread = device_map is None and max_memory and local_processes() == 1

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from accelerate import infer_auto_device_map
-from transformers import PreTrainedConfig
 
 from lf_hf.decoder.demand import Need, Setup, Work, times
-from lf_hf.families.models import model_class, text_model, text_prefix
+from lf_hf.families.models import text_model, text_prefix
 from lf_hf.families.shape import Shape
 from lf_hf.plan.machine import CONTEXT, PYTHON, Machine, place_name
 from lf_hf.plan.probe import Rates
@@ -35,16 +34,18 @@ Count = Callable[[Setup], Mapping[str, Need]]
 
 
 class NoRoom(ValueError):
-    """No way to run fits the machine; `needed` bytes, which the message names, would do at a place."""
+    """No way to run fits the machine; `needed` bytes, which the message names, would do at a `place`.
 
-    def __init__(self, what: str, machine: Machine, needed: int, otherwise: str | None, place: str = "") -> None:
-        place = place or machine.device
+    `otherwise` are other settings that would do.
+    """
+
+    def __init__(self, what: str, machine: Machine, needed: int, place: str, otherwise: Iterable[str] = ()) -> None:
         free, takes = in_gib(machine.free[place]), in_gib(needed)
         if free == takes:
             free, takes = (f"{size:,} bytes" for size in (machine.free[place], needed))
-        advice = "give a device with so much" + f", or {otherwise}" * bool(otherwise)
+        advice = ", or ".join(["give a device with so much", *otherwise])
         super().__init__(f"{free} are free on {place}, and {what} takes {takes} there at least; {advice}.")
-        self.needed = needed
+        self.what, self.needed, self.place = what, needed, place
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Plan:
 
 
 def plan(
-    config: PreTrainedConfig,
+    model: Any,
     dtype: torch.dtype,
     fusion: FusionConfig,
     machine: Machine,
@@ -155,22 +156,19 @@ def plan(
     device_map: dict[str, str | int] | None = None,
     rates: Callable[[], Rates] | None = None,
 ) -> Plan:
-    """Decide what lies where, from a base's config, the dtype of its weights and what a machine has.
+    """Decide what lies where, from a base on the meta device, the dtype of its weights and what a machine has.
 
     `count` says what the phases take, and `training` plans the one of a healing that follows, of a model of a shape
     where all else takes so many bytes at least. `device_map` is where a user wants the weights. `rates` measures the
     machine, as `probe` does; it is not asked where the work is done in seconds anyway. Raises NoRoom if nothing that
     the settings allow fits.
     """
-    with torch.device("meta"):
-        model = model_class(config)(config)
     shape, device = Shape.of(model, dtype.itemsize), machine.device
     own, free = machine.own_bytes(shape.vocab), machine.free[device]
     phases = _that_fits(_Phases(Setup(shape, CPU_BATCH, machine.has_card), fusion, count), machine, own)
     steps = training and training(shape, own + phases.least)
     if own + phases.least > free:
-        cheaper = None if fusion.method == "truncate" else "method='truncate'"
-        raise NoRoom("a run with all weights elsewhere", machine, own + phases.least, cheaper)
+        raise NoRoom("a run with all weights elsewhere", machine, own + phases.least, device)
     states = _place_of_states(phases, free - own, machine.free.get("cpu", 0))
     room = own + phases.most(states)
     in_memory = PYTHON + CONTEXT + max(phases.written, phases.lists * (states == "host"))  # beside a card
@@ -200,7 +198,7 @@ def plan(
         peak["cpu"] = weights.get("cpu", 0) + in_memory
     for place in peak.keys() & machine.free.keys():
         if peak[place] > machine.free[place]:
-            raise NoRoom("a run", machine, peak[place], None, place)
+            raise NoRoom("a run", machine, peak[place], place)
     disk = made + max(phases.lists * (states == "disk"), in_training) + weights.get("disk", 0)
     if device_map and machine.has_card and not weights.keys() - {"cpu", "disk"}:
         device_map = _with_norm_on(device, model, device_map)
