@@ -257,7 +257,7 @@ def sweep(base: str, out: str, **given: Any) -> None:
     """Fuse BASE by several methods to several sizes, and evaluate all.
 
     Writes each result to OUTDIR/results.jsonl as soon as it is there: an interrupted sweep goes on where it stopped
-    when the command is run again. Writes tables as results.csv and results.md, and a plot as curve.png and curve.svg.
+    when the command is run again. Writes the tables as results.md, and a plot as curve.png and curve.svg.
     Ends with two tables: the results, and how stable each method is.
     """
     from lf_hf.evaluate.sweep import sweep as run_sweep

@@ -11,13 +11,13 @@ from transformers.utils import logging
 
 from lf_hf.checkpoint.saving import locked_folder
 from lf_hf.evaluate.points import RESULTS, Point, read_points, result_lines
-from lf_hf.evaluate.tables import as_csv, markdown
+from lf_hf.evaluate.tables import markdown
 from lf_hf.report.page import draw, missing_plot_packages, write_whole
 from lf_hf.runtime.launch import speaks
 from lf_hf.runtime.words import plural
 
 logger = logging.get_logger(__name__)
-_MADE = ("results.csv", "results.md", "curve.png", "curve.svg")
+_MADE = ("results.md", "curve.png", "curve.svg")
 
 
 class Results:
@@ -78,9 +78,7 @@ class Results:
                 write_whole(self._folder / f"curve.{kind}", draw(figure, kind))
 
     def _write_tables(self) -> None:
-        points = self.points()
-        write_whole(self._folder / "results.csv", as_csv(points).encode())
-        write_whole(self._folder / "results.md", markdown(points, self._base).encode())
+        write_whole(self._folder / "results.md", markdown(self.points(), self._base).encode())
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

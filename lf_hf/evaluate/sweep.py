@@ -62,8 +62,8 @@ def sweep(
     """Fuse a base at several levels with several methods, and evaluate the base and each fusion.
 
     The base is read and measured once. Each point is added to `results.jsonl` in `out` as soon as it is there, and a
-    sweep that is run again goes on where it stopped. The tables `results.csv` and `results.md` and, with matplotlib,
-    the pictures `curve.png` and `curve.svg` hold all points that were asked for.
+    sweep that is run again goes on where it stopped. The tables in `results.md` and, with matplotlib, the
+    pictures `curve.png` and `curve.svg` hold all points that were asked for.
 
     Parameters
     ----------

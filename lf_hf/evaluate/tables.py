@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from operator import itemgetter
-from typing import Any
 
 from lf_hf.checkpoint.card import as_code
 from lf_hf.evaluate.points import DENSE, Point, Score, figure_names
@@ -20,7 +17,6 @@ STABILITY_NOTE = (
     "Over the levels above, without the base: standard deviation (n - 1), largest minus smallest, and the "
     "largest change for the worse from one level to the next."
 )
-_SIZES = ("method", "num_fusions", "layers", "parameters", "layers_removed_fraction", "parameters_removed_fraction")
 _NO_SCORES = ("divergence", "agreement", "speed-up")
 
 
@@ -90,22 +86,6 @@ def markdown(points: Sequence[Point], base: str) -> str:
     if stability:
         text += f"\n## Stability\n\n{STABILITY_NOTE}\n\n{_markdown_table(STABILITY_HEAD, *stability)}"
     return text
-
-
-def as_csv(points: Sequence[Point]) -> str:
-    """The results for programs: one row a point."""
-    rows = []
-    for point in points:
-        row: dict[str, Any] = {name: getattr(point, name) for name in _SIZES}
-        row |= {name: figure.value for name, figure in point.figures.items()}
-        row |= {f"{task}_stderr": score.stderr for task, score in point.scores.items()}
-        rows.append(row)
-    columns = dict.fromkeys([*_SIZES, *figure_names(points), *chain(*rows)])
-    content = io.StringIO()
-    writer = csv.DictWriter(content, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return content.getvalue()
 
 
 def _markdown_table(head: Sequence[str], *rows: Sequence[str]) -> str:

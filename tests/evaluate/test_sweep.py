@@ -23,7 +23,7 @@ from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.points import DENSE, RESULTS, Point, Score
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.evaluate.tables import as_csv, markdown, stability_rows
+from lf_hf.evaluate.tables import markdown, stability_rows
 from lf_hf.settings import METHODS
 
 Run = Callable[..., list[Point]]
@@ -139,16 +139,15 @@ def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_p
     with pytest.raises(ValueError, match=r"none\.txt"):
         run(tmp_path / "out", calibration="none.txt")
     assert not (tmp_path / "out").exists()
-    (tmp_path / "results.csv").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds results\.csv, but no results\.jsonl, so they may be yours; choose"):
+    (tmp_path / "results.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds results\.md, but no results\.jsonl, so they may be yours; choose"):
         run(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
-    assert (tmp_path / "results.csv").read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.md"]
+    assert (tmp_path / "results.md").read_text() == "mine"
 
 
 def test_what_is_there_is_shown_again(whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, points = whole
-    assert (folder / "results.csv").read_text("utf-8") == as_csv(points)
     assert (folder / "results.md").read_text("utf-8") == markdown(points, base)
     before = (folder / RESULTS).read_bytes()
     options = ["--tasks", ",".join(TASKS), "--calibration", str(text)]
@@ -172,7 +171,6 @@ def test_tables_have_all_figures_and_marks_where_there_is_none() -> None:
         with_scores(make_point("refit", 8, 0.5, 13.0), Score("acc", 0.5, None), "another"),
     ]
     check_golden("sweep.md", markdown(points, "/somewhere/model"))
-    check_golden("sweep.csv", as_csv(points))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +210,7 @@ def test_what_is_missing_or_no_number_is_not_drawn(tmp_path: Path) -> None:
     with no_warnings():
         results.complete()
         figure = sweep_curve(points)
-    written = {"results.csv", "results.md", "curve.png", "curve.svg"}
+    written = {"results.md", "curve.png", "curve.svg"}
     assert {file.name for file in tmp_path.iterdir()} == written | {RESULTS}
     assert stability_rows(points) == []
     # What is finite nowhere has no panel.
