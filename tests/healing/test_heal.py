@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from builders import normal
-from conftest import QUICK, changed, dry_run, files, make_llama, make_texts, make_tokenizer, same, save_base, tensors
+from conftest import QUICK, changed, dry_run, files, make_llama, make_texts, make_tokenizer, same, tensors
 from test_saving import file_size_limit
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
@@ -206,18 +207,24 @@ def test_a_run_goes_on_from_its_last_state_which_has_no_optimizer(
     assert not changed(out, tmp_path / "whole") and curve(out) == curve(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
-@pytest.mark.parametrize("damage", ["cut", "zeroed", "empty"])
+DAMAGE: list[tuple[str, Callable[[bytes], bytes]]] = [
+    ("model.safetensors", lambda content: content[: len(content) // 2]),
+    ("optimizer.pt", lambda content: bytes(len(content))),
+    ("rng_state.pth", lambda content: content[: len(content) // 2]),
+    ("trainer_state.json", lambda _: b""),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGE)
 def test_a_state_that_cannot_be_read_is_left_out(
-    heal: Heal, healed: Path, killed: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
+    file: str, damage: Callable[[bytes], bytes], heal: Heal, killed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     [written] = (killed / WORK / TRAINING).glob(f"checkpoint-*/{file}")
-    size = written.stat().st_size
-    contents = {"cut": written.read_bytes()[: size // 2], "zeroed": bytes(size), "empty": b""}
-    written.write_bytes(contents[damage])
-    heal(out=killed)
+    written.write_bytes(damage(written.read_bytes()))
+    with cut_short(0):  # so the training begins anew
+        heal(out=killed)
     [line] = [line for line in caplog.messages if "cannot be read, so the training does not go on from" in line]
-    assert file in line and not changed(killed, healed)
+    assert file in line
 
 
 @pytest.mark.parametrize("file", ["states.bin", "teacher.safetensors"])
@@ -239,34 +246,6 @@ def test_a_run_that_goes_on_with_too_little_memory_says_how_to_begin_anew(
         heal(out=killed)
     with pytest.raises(ValueError, match=r"train='lora' .* or length=16\.$"):
         heal(out=killed.parent / "else")
-
-
-@pytest.mark.parametrize("command", ["heal", "fuse"])
-def test_a_run_that_was_killed_as_it_ended_is_ended_by_the_same_command(
-    command: str, heal: Heal, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is trained or saved again, and another command leaves all as it is."""
-    out, real = tmp_path / "out", Path.replace
-
-    def fuse(**changes: Any) -> FusionReport:
-        given = QUICK | {"heal_tokens": 2048, "calibration": TEXTS} | changes
-        return lf_hf.fuse_checkpoint(base, out, **given)
-
-    def die(file: Path, target: Path) -> Path:
-        if target == out / "config.json":
-            raise Killed
-        return real(file, target)
-
-    start: Any = heal if command == "heal" else fuse
-    with patch.object(Path, "replace", die), pytest.raises(Killed):
-        start()
-    assert not (out / "config.json").exists()
-    monkeypatch.delattr(Base, "load")
-    assert start() == FusionReport.load(out) and not (out / WORK).exists()
-    saved = files(out)
-    with pytest.raises(ValueError, match="holds a result already; give overwrite=True to replace it"):
-        start(seed=1)
-    assert files(out) == saved
 
 
 @pytest.mark.parametrize(
@@ -349,10 +328,11 @@ def test_held_out_text_shows_what_is_minimised(heal: Heal, tmp_path: Path) -> No
     assert usual < 0.8 * of_text and warm != pytest.approx(usual, rel=0.01)
 
 
-def test_a_trained_head_is_judged_against_the_head_of_the_base(heal: Heal, tmp_path: Path) -> None:
-    base, fused, out = save_base(tmp_path / "base"), tmp_path / "fused", tmp_path / "out"
-    lf_hf.fuse_checkpoint(base, fused, num_fusions=2, method="truncate", perplexity_tokens=512)
-    report = heal(fused=fused, out=out, base=base, tokens=4096, train="all")
+def test_a_trained_head_is_judged_against_the_head_of_the_base(
+    heal: Heal, base: str, fused: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = heal(train="all")
     assert "lm_head.weight" in changed(fused, out)
     dense, healed = (Decoder(AutoModelForCausalLM.from_pretrained(folder)) for folder in (base, out))
     judged = judge(healed, judge_dense(dense, make_tokenizer(), 512), dense.model.lm_head.weight)
@@ -398,11 +378,6 @@ def test_training_arguments_are_read_as_people_write_them(tmp_path: Path) -> Non
     assert arguments.fp16 and not arguments.bf16
 
 
-def test_a_healing_does_not_replace_what_it_reads(heal: Heal, fused: Path) -> None:
-    with pytest.raises(ValueError, match="is what the run reads; choose another folder"):
-        heal(out=fused, overwrite=True)
-
-
 def test_the_command_line_and_a_native_checkpoint(
     base: str, fused: Path, healed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -443,40 +418,59 @@ def test_a_full_disk_says_what_is_kept(heal: Heal) -> None:
         heal(tokens=1024)
 
 
+FUSE: dict[str, Any] = QUICK | {"heal_tokens": 4096, "perplexity_tokens": 256, "calibration": TEXTS}
+
+
+@pytest.fixture(scope="module")
+def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a fusion that heals writes."""
+    folder = tmp_path_factory.mktemp("whole") / "whole"
+    lf_hf.fuse_checkpoint(base, folder, **FUSE)
+    return folder
+
+
 def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It fuses no second time, and ends as one that nothing stopped."""
-    given = QUICK | {"heal_tokens": 4096, "perplexity_tokens": 256}
-
-    def fuse(out: str, **changes: Any) -> FusionReport:
-        return lf_hf.fuse_checkpoint(base, tmp_path / out, **given | {"calibration": TEXTS} | changes)
-
-    whole = fuse("whole")
+    """It fuses no second time, and ends as one that nothing stopped; also where it was killed as it ended."""
+    out, fuse, real = tmp_path / "out", partial(lf_hf.fuse_checkpoint, base, tmp_path / "out"), Path.replace
     with cut_short():
-        fuse("out")
-    planned = dry_run(base, FusionConfig(**given), calibration=TEXTS, out=tmp_path / "out")
-    assert "holds a run that was cut short, which goes on" in planned.summary()
-    with pytest.raises(ValueError, match=r"cut short, and that makes something else"):
-        lf_hf.heal(tmp_path / "whole", tmp_path / "out", base=base, text=TEXTS, tokens=4096)
-    with pytest.raises(ValueError, match=r"cut short, and that makes something else"):
-        fuse("out", num_fusions=2)
+        fuse(**FUSE)
+    given = {name: value for name, value in FUSE.items() if name != "calibration"}
+    assert (
+        "holds a run that was cut short, which goes on"
+        in dry_run(base, FusionConfig(**given), calibration=TEXTS, out=out).summary()
+    )
+    other = partial(lf_hf.heal, whole, out, base=base, text=TEXTS, tokens=4096)
+    for something_else in (other, partial(fuse, **FUSE | {"num_fusions": 2})):
+        with pytest.raises(ValueError, match=r"cut short, and that makes something else"):
+            something_else()
+
+    def die(file: Path, target: Path) -> Path:
+        if target == out / "config.json":
+            raise Killed
+        return real(file, target)
+
     monkeypatch.setattr("lf_hf.pipeline.fuse", None)
-    report = fuse("out")
-    assert not changed(tmp_path / "out", tmp_path / "whole")
-    assert report.settings == whole.settings and not (tmp_path / "out" / WORK).exists()
+    with patch.object(Path, "replace", die), pytest.raises(Killed):
+        fuse(**FUSE)
+    assert not (out / "config.json").exists()
+    monkeypatch.delattr(Base, "load")  # nothing is trained or saved again
+    assert fuse(**FUSE) == FusionReport.load(out) and not (out / WORK).exists() and not changed(out, whole)
+    assert FusionReport.load(out).settings == FusionReport.load(whole).settings
+    saved = files(out)
+    with pytest.raises(ValueError, match="holds a result already; give overwrite=True to replace it"):
+        fuse(**FUSE | {"seed": 1})
+    assert files(out) == saved
 
 
-def test_a_fusion_that_heals_is_the_fusion_and_then_the_healing(base: str, tmp_path: Path) -> None:
-    """Also in memory, and where the base's default is to heal."""
-    given: dict[str, Any] = {"num_fusions": 2, "selection": "last", "calibration": TEXTS, "perplexity_tokens": 256}
-    given |= {"calibration_tokens": 2048, "calibration_length": 64}
-    lf_hf.fuse_checkpoint(base, tmp_path / "healed", **given, heal_tokens=2048)
-    lf_hf.fuse_checkpoint(base, tmp_path / "fused", **given, method="refit")
-    lf_hf.heal(tmp_path / "fused", tmp_path / "after", base=base, text=TEXTS, tokens=2048)
-    assert not changed(tmp_path / "healed", tmp_path / "after")
-    model: Any = lf_hf.from_pretrained_fused(base, **given, method="healed", heal_tokens=2048)
-    assert same(model, tensors(tmp_path / "healed")) and model.fusion_report.healed is not None
+def test_a_fusion_that_heals_is_the_fusion_and_then_the_healing(base: str, whole: Path, tmp_path: Path) -> None:
+    """Also in memory."""
+    lf_hf.fuse_checkpoint(base, tmp_path / "fused", **FUSE | {"heal_tokens": 0})
+    lf_hf.heal(tmp_path / "fused", tmp_path / "after", base=base, text=TEXTS, tokens=FUSE["heal_tokens"])
+    assert not changed(whole, tmp_path / "after")
+    model: Any = lf_hf.from_pretrained_fused(base, **FUSE)
+    assert same(model, tensors(whole)) and model.fusion_report.healed is not None
 
 
 SEQUENCES, TOKENS, HIDDEN, VOCAB = 2, 7, 5, 11
