@@ -1,18 +1,14 @@
-"""Evaluating a model in memory through lm-eval's Python API."""
+"""Evaluating a model in memory by lm-eval's `simple_evaluate`."""
 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import numpy as np
-import torch
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.evaluator import evaluate
+from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,37 +43,40 @@ class Evaluation:
             if task not in self._manager.all_tasks:
                 raise ValueError(unknown_name("task", task, tuple(self._manager.all_tasks)))
         self._may_run_code = os.environ.get(_RUNS_CODE) == "1"
-        for name, task in self._load()["tasks"].items():  # a data set that cannot be fetched is found out here
+        for name, task in self._manager.load(self.tasks)[
+            "tasks"
+        ].items():  # data that cannot be fetched: found out here
             self._check_num_fewshot(name, task)
             if getattr(task, "UNSAFE_CODE", False) and not self._may_run_code:
                 raise ValueError(
                     f"The task {name} runs programs that the model writes; set {_RUNS_CODE}=1 to allow that, on a "
                     "machine where they can do no harm."
                 )
+        self._of_tags = {
+            tag: list(self._manager.load(tag)["tasks"]) for tag in self.tasks if tag in self._manager.all_tags
+        }
 
     def _check_num_fewshot(self, name: str, task: Any) -> None:
-        if self.num_fewshot is None or task.get_config("num_fewshot") != self.num_fewshot:
+        if self.num_fewshot is None or task.get_config("num_fewshot") == 0:
             return  # the task's own number
         most = len(task.fewshot_docs()) if self.num_fewshot else 0
         if self.num_fewshot not in range(most + 1):
             raise ValueError(f"num_fewshot must be 0 to {most} for the task {name}, got {self.num_fewshot!r:.80}.")
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
-        """Main metric of each task; of a tag, and of a group without a figure, those of its tasks.
-
-        Each process of a launch evaluates by itself.
-        """
+        """Main metric of each task; of a tag, and of a group without a figure, those of its tasks."""
         batch_size = self.batch_size or ("auto" if model.device.type not in ("cpu", "mps") else 1)
-        lm = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
-        loaded = self._load()
-        options: dict[str, Any] = {"log_samples": False, "confirm_run_unsafe_code": self._may_run_code}
-        evaluated = evaluate(lm, loaded, limit=self.limit, **options)
-        results = evaluated["results"]
-        better = evaluated.get("higher_is_better", {})
-        members: dict[str, Iterable[str]] = dict(loaded["group_map"])
-        for task in self.tasks:
-            if task in self._manager.all_tags:
-                members[task] = self._manager.load(task)["tasks"]
+        evaluated: Any = simple_evaluate(
+            HFLM(model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
+            tasks=self.tasks,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            task_manager=self._manager,
+            log_samples=False,
+            confirm_run_unsafe_code=self._may_run_code,
+        )
+        results, better = evaluated["results"], evaluated["higher_is_better"]
+        members = evaluated["group_subtasks"] | self._of_tags
 
         def with_figures(name: str) -> list[str]:
             if _figures(results.get(name, {})):
@@ -86,19 +85,6 @@ class Evaluation:
 
         figures = dict.fromkeys(chain(*map(with_figures, self.tasks)))
         return {task: _score(results[task], better.get(task, {})) for task in figures}
-
-    def _load(self) -> dict[str, Any]:
-        """The tasks, as lm-eval's `simple_evaluate` prepares them, which only the first process of a launch can use."""
-        random.seed(DEFAULT_RANDOM_SEED)
-        np.random.seed(DEFAULT_OTHER_SEED)
-        torch.manual_seed(DEFAULT_OTHER_SEED)
-        loaded = self._manager.load(self.tasks)
-        for task in loaded["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own is None or (own != 0 and self.num_fewshot is not None):
-                task.set_config("num_fewshot", self.num_fewshot or 0)
-            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        return dict(loaded)
 
 
 def _figures(values: Mapping[str, Any]) -> list[str]:
