@@ -158,8 +158,8 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done,
 def fuse(base: str, out: str, overwrite: bool, dry_run: bool, **given: Any) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
 
-    Ends with a table of layers, parameters and size on disk, and of three figures on two texts: perplexity before and
-    after, the divergence of predictions from the base's in nats a token, and how often both expect the same next token.
+    Ends with a table of layers, parameters and size on disk, and of figures on two texts, before and after: perplexity,
+    divergence of predictions from the base's in nats a token, and others.
     """
     settings, others = _split(FusionConfig, given)
     calibration = others.pop("calibration", None)
@@ -207,7 +207,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], overwrite: bool, dry_run: b
 
     Keeps the state that is nearest to the base on held-out text. When it was interrupted, the same command goes on
     where it stopped. Started by `accelerate launch -m lf_hf heal ...`, it uses all devices of the launch. Ends with a
-    table: perplexity, divergence from the base, and how often both models expect the same token.
+    table: perplexity, divergence from the base, and others.
     """
     settings, others = _split(HealSettings, given)
     with _usage_errors():

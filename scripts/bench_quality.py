@@ -12,8 +12,7 @@ do a level has dashes there, and the reason in a comment above them; so have the
   reasoning  worked questions that lm-eval ships
   quiz  MMLU questions (the original CSV release, --mmlu) as cloze: choices are scored as text by log-likelihood a
         character. `diff` is against the dense model, question by question, with its standard error.
-Perplexities are ratios to the dense model's. `nats` is the divergence of predictions from the dense model's,
-KL(dense || fused), a token on average, and `same` how often the most likely next token is the dense model's.
+Perplexities are ratios to the dense model's; docs/command_line.md says what the other figures are.
 """
 
 from __future__ import annotations
@@ -54,6 +53,7 @@ from lf_hf.pipeline import FUSED, fuse, heal_fused
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import mid_state, written_by
 from lf_hf.refit.regression import Regression
+from lf_hf.report.figures import FIGURES
 from lf_hf.runtime.tasks import SUBJECTS
 from lf_hf.text.calibration import (
     Corpus,
@@ -136,7 +136,7 @@ class Rivals:
         for index in range(decoder.num_layers):
             layer = layers.pop(index)
             states = final_states(decoder, ids, "Judging")
-            perplexities.append(predictions(decoder, ids, states)["text"].perplexity)
+            perplexities.append(predictions(decoder, ids, states)["text"]["perplexity"])
             layers.insert(index, layer)
         return perplexities.index(min(perplexities))
 
@@ -261,12 +261,18 @@ class Judge:
         self._head = base.lm_head.weight
         self.dense_correct = [question.is_answered(base) for question in questions]
 
+    @property
+    def heads(self) -> list[str]:
+        """Of the columns of `figures`."""
+        return [f"{figure.label}, {text.name}" for figure in FIGURES for text in self.judged]
+
     def figures(self, model: CausalLM) -> list[str]:
-        """Perplexity ratios, divergences and agreements, of all texts each."""
+        """Each figure of all texts; of perplexity how many times the base's."""
         texts = judge(Decoder(model), self.judged, dense_head=self._head)
-        cells = [f"{text.ratio:.4g}" for text in texts]
-        cells += [f"{text.divergence:.4f}" for text in texts]
-        cells += [f"{text.agreement:.1%}" for text in texts]
+        cells = []
+        for figure in FIGURES:
+            values = [text.ratio if figure.is_ratio else text.figures[figure.name] for text in texts]
+            cells += [format(value, figure.form) for value in values]
         return cells
 
     def quiz(self, model: CausalLM) -> str:
@@ -437,7 +443,7 @@ def main() -> None:
         print(f"Dense: {', '.join(figures)}.")
         if levels:
             fuser, rivals = open_ways(options, opened, base, calibration)
-        heads = [*texts, *(f"{name}, {figure}" for figure in ("nats", "same") for name in texts)]
+        heads = compared.heads
         print(f"\n| way | fused | {' | '.join(heads)} | quiz (diff) | seconds |")
         print("|---" * (4 + len(heads)) + "|")
 

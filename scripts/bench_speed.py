@@ -77,7 +77,7 @@ T = TypeVar("T")
 Loaded = tuple[LlamaForCausalLM, list[Tensor]]  # a base in float32, and the default calibration samples as token ids
 Problems = dict[str, list[Pair]]  # pairs of matrices whose rows are to be matched
 Order = dict[str, NDArray[np.int64]]
-Scores = tuple[dict[str, float], Any]  # perplexities, and what lm-eval found
+Scores = tuple[dict[str, dict[str, float]], Any]  # figures of texts, and what lm-eval found
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def swept(_: ModuleType, base: str, folder: str, levels: Sequence[int], methods:
         calibration=f"{folder}/text.txt",
         settings=SWEPT,
     )
-    return [(point.perplexities, point.scores) for point in points[1:]]
+    return [(point.texts, point.scores) for point in points[1:]]
 
 
 def one_by_one(
@@ -360,13 +360,13 @@ def one_by_one(
         decoder = Decoder(model)
         report = pipeline.fuse(decoder, tokenizer, config, measured, base=base)
         found.append(
-            ({judged.name: judged.fused for judged in report.perplexities}, evaluation.scores(model, tokenizer))
+            ({judged.name: judged.figures for judged in report.perplexities}, evaluation.scores(model, tokenizer))
         )
     return found
 
 
 def sweeps(base: str, levels: Sequence[int], methods: Sequence[str]) -> None:
-    columns = ("", "seconds", "ratio", "CPU seconds", "ratio", "peak memory, GiB", "same perplexities and scores")
+    columns = ("", "seconds", "ratio", "CPU seconds", "ratio", "peak memory, GiB", "same figures and scores")
     table(f"Sweep of {', '.join(methods)} at {', '.join(map(str, levels))}", *columns)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "text.txt").write_text("\n\n".join(paragraphs(64)), encoding="utf-8")

@@ -103,7 +103,7 @@ def main() -> None:
     measured = measure(dense, tokenizer, config, load_calibration(), corpus)
     assert measured.text is not None
     whole = measured.text.source.tokens
-    heads = [*texts, *(f"{name}, {figure}" for figure in ("nats", "same") for name in texts)]
+    heads = compared.heads
 
     def show_heads(title: str) -> None:
         print(f"\n| {title} | a channel | groups | {' | '.join(heads)} | seconds |")

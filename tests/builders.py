@@ -17,9 +17,19 @@ from hypothesis import strategies as st
 from lf_hf import FusionReport
 from lf_hf.evaluate.points import Point, Score
 from lf_hf.report.data import CalibrationInfo, FusedLayer, HealingInfo, HealingPoint, PerplexityInfo, RowMatch
+from lf_hf.report.figures import FIGURES
 
 MATCHES = {"mlp.up_proj": RowMatch(0.01, 0.2, 0.99)}
 SEED = st.integers(0, 1000)
+
+
+def make_judged(
+    name: str, text: str, dense: float, fused: float, divergence: float, agreement: float
+) -> PerplexityInfo:
+    figures = {"perplexity": fused, "divergence": divergence, "agreement": agreement}
+    return PerplexityInfo(name, text, 4000, dense, dict.fromkeys([figure.name for figure in FIGURES], 0.5) | figures)
+
+
 HEALED = HealingInfo(
     {"train": "fused"},
     [CalibrationInfo("a text", 2, 1024)],
@@ -29,7 +39,7 @@ HEALED = HealingInfo(
     1,
     "the fused layers",
     [HealingPoint(0, {"a": 2.0}), HealingPoint(1, {"a": 1.0})],
-    [PerplexityInfo("docs", "prose", 4000, 6.1, 40.0, 2.5, 0.5)],
+    [make_judged("docs", "prose", 6.1, 40.0, 2.5, 0.5)],
     60.0,
 )
 
@@ -74,8 +84,8 @@ def make_report(**values: object) -> FusionReport:
         "parameters_after": 7_157_813_248,
         "calibration": [CalibrationInfo("MMLU", 57, 5000)],
         "perplexities": [
-            PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, 1.25, 0.625),
-            PerplexityInfo("reasoning", "riddles", 4000, 5.2, 20.0, 0.75, 0.5),
+            make_judged("docs", "prose", 6.1, 30.0, 1.25, 0.625),
+            make_judged("reasoning", "riddles", 5.2, 20.0, 0.75, 0.5),
         ],
         "similarity": [[1.0] * 32] * 32,
         "embeddings": [[[0.1, 0.2]]] * 32,
@@ -95,7 +105,7 @@ def make_point(method: str, num_fusions: int, accuracy: float, perplexity: float
         parameters=1000,
         layers_removed_fraction=num_fusions / 32,
         parameters_removed_fraction=num_fusions / 40,
-        perplexities={} if perplexity is None else {"docs": perplexity},
+        texts={} if perplexity is None else {"docs": {"perplexity": perplexity}},
         scores={"mmlu_5shot": Score("acc", accuracy, 0.01)},
         config=None,
         notes=[],

@@ -29,7 +29,7 @@ def card() -> str:
 def figures(report: FusionReport) -> dict[str, Any]:
     """What was fused, and how well that went."""
     [layer] = report.fused_layers
-    divergences = {judged.name: judged.divergence for judged in report.perplexities}
+    divergences = {judged.name: judged.figures["divergence"] for judged in report.perplexities}
     return {"first": layer.layers[0], "count": len(layer.layers), "held out": layer.held_out_error, **divergences}
 
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from yaml import YAMLError
 
 from lf_hf.families.models import auto_class, is_wrapper, model_class
+from lf_hf.report.figures import FIGURES
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.settings import FusionConfig
@@ -44,6 +45,7 @@ def model_card(report: FusionReport, config: PretrainedConfig, *, plain: bool) -
         metadata=_metadata(report, config).to_yaml(),
         head=head,
         rows=rows,
+        meanings=[figure.meaning for figure in FIGURES],
         commands=_commands(report),
     )
 

@@ -14,9 +14,10 @@ from lf_hf.families.models import free_layers
 from lf_hf.measure.dense import Kept, Measurements
 from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.report.data import BudgetInfo, BudgetTrial
+from lf_hf.report.figures import FIGURES, Figure
 from lf_hf.runtime.amounts import most_fusions
 from lf_hf.runtime.errors import reason
-from lf_hf.settings import LEVELS, FusionConfig
+from lf_hf.settings import FusionConfig
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -47,7 +48,8 @@ def search_budget(
     sequences = text.sequences
     source = replace(text.source, samples=len(sequences), tokens=sum(map(len, sequences)))
     judged = predict_texts(decoder, {"": aside}, {"": "held-out text"})
-    name = next(name for name in LEVELS if getattr(config, name) is not None)
+    limited = next(figure for figure in FIGURES if figure.limit and getattr(config, figure.limit) is not None)
+    name = limited.limit
     allowed = getattr(config, name)
     num_tokens = sum(map(len, aside))
     notes = [*text.notes]
@@ -65,29 +67,29 @@ def search_budget(
         copy = decoder.copy()
         level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
         fused = fuse_layers(copy, level, measured)
-        [figures] = judge(copy, judged)
-        return BudgetTrial(count, figures.divergence, figures.ratio), (copy, fused)
+        [found] = judge(copy, judged)
+        return BudgetTrial(count, found.ratio if limited.is_ratio else found.figures[limited.name]), (copy, fused)
 
     free, _ = free_layers(decoder.model_config, config.selection)
     most = most_fusions(len(free), decoder.longest_group if config.selection == "groups" else len(free))
-    (copy, fused), trials = search(name, allowed, most, attempt)
+    (copy, fused), trials = search(limited, allowed, most, attempt)
     budget = BudgetInfo(name, allowed, num_tokens, trials)
     return copy, fused, budget, measured
 
 
 def search(
-    name: str, allowed: float, most: int, attempt: Callable[[int], tuple[BudgetTrial, T]]
+    limited: Figure, allowed: float, most: int, attempt: Callable[[int], tuple[BudgetTrial, T]]
 ) -> tuple[T, list[BudgetTrial]]:
     """The result with the most fusions that the budget allows, and all trials. Raises ValueError if it allows none.
 
-    The setting `name` is `allowed`, and the model allows `most` fusions. `attempt` fuses a copy of the model so many
-    times, and gives what that costs, and the result.
+    The figure `limited` may be `allowed`, and the model allows `most` fusions. `attempt` fuses a copy of the model so
+    many times, and gives what that costs, and the result.
     """
     trials: list[BudgetTrial] = []
     best: T | None = None
     low, high = 0, most + 1  # what is allowed, and what is not
     while high - low > 1:
-        count = _next_count(trials, name, allowed, low, high)
+        count = _next_count(trials, limited, allowed, low, high)
         result = None
         try:
             trial, result = attempt(count)
@@ -95,19 +97,19 @@ def search(
             if count == 1:
                 raise
             logger.warning(f"{count} fusions cannot be made ({reason(error)}); fewer are tried.")
-            trial = BudgetTrial(count, math.inf, math.inf)
+            trial = BudgetTrial(count, math.inf)
         trials.append(trial)
-        if trial.costs(name) <= allowed:
+        if trial.cost <= allowed:
             best, low = result, count
         else:
             high = count
         del result  # makes room for the next
     if best is None:
-        raise ValueError(f"{name}={allowed:g} allows no fusion: with 1 it is {trials[-1].costs(name):.4g}; raise it.")
+        raise ValueError(f"{limited.limit}={allowed:g} allows no fusion: with 1 it is {trials[-1].cost:.4g}; raise it.")
     return best, trials
 
 
-def _next_count(trials: Sequence[BudgetTrial], name: str, allowed: float, low: int, high: int) -> int:
+def _next_count(trials: Sequence[BudgetTrial], limited: Figure, allowed: float, low: int, high: int) -> int:
     """How many fusions to try next between one number that is allowed and one that is not.
 
     Costs grow about as a power of the number, estimated from the trials next to the bounds. If a few such guesses
@@ -117,9 +119,9 @@ def _next_count(trials: Sequence[BudgetTrial], name: str, allowed: float, low: i
         return max(1, high // 8)
 
     def growing(cost: float) -> float:  # a perplexity ratio is the exponential of something like a divergence
-        return math.log(cost) if name == "max_perplexity_ratio" and cost > 0 else cost
+        return math.log(cost) if limited.is_ratio and cost > 0 else cost
 
-    costs = {trial.num_fusions: growing(trial.costs(name)) for trial in trials}
+    costs = {trial.num_fusions: growing(trial.cost) for trial in trials}
     points = [(math.log(count), math.log(cost)) for count, cost in costs.items() if 0 < cost < math.inf]
     if len(trials) >= _GUESSES or not points:
         return (low + high) // 2

@@ -13,7 +13,7 @@ from matplotlib.ticker import FormatStrFormatter
 from numpy.typing import NDArray
 
 from lf_hf.evaluate.points import DENSE, HEALED, Point, figure_names
-from lf_hf.report.figures import COLORS, panels
+from lf_hf.report.pictures import COLORS, panels
 
 _REMOVED = "layers removed (%)"
 _FASTER = "times as fast as the base, decoding"
@@ -81,8 +81,9 @@ def _draw(
 
 def _label(axis: Axes, name: str, points: Sequence[Point], finite: NDArray[np.float64]) -> None:
     """Name the vertical axis, which is logarithmic for perplexities."""
-    score = next(point.figures[name] for point in points if name in point.figures)
-    label = name if name.startswith(score.metric) else f"{score.metric}, {name}"
+    point = next(point for point in points if name in point.figures)
+    score = point.figures[name]
+    label = f"{score.metric}, {name}" if name in point.scores else name
     if score.is_perplexity:
         label += " (log scale)"
         axis.set_yscale("log")

@@ -6,18 +6,20 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from lf_hf.report.figures import FIGURES
 from lf_hf.report.rows import shown
 from lf_hf.runtime.errors import explained
 
 DENSE = "dense"
 HEALED = ", healed"  # added to the name of a method
 RESULTS = "results.jsonl"
-_ORDER = ("speed-up", "perplexity", "divergence", "agreement")  # in which figures that are no task's are shown
+_ORDER = ("speed-up", *(figure.name for figure in FIGURES))  # in which figures that are no task's are shown
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class Score:
 class Point:
     """One model of a sweep: the base (`method` "dense") or a fusion of it.
 
-    `key` identifies base, settings, calibration, tasks and limit. Perplexities, divergences and agreements are as in a
-    fusion's report, by the name of the judging text. `speedups` has how many times as fast as the base "prefill" and
-    "decoding" are, where that was measured. `seconds` is wall time, evaluating and fusing, without loading and
-    measuring the dense model. `calibration` says where the texts are from that were used.
+    `key` identifies base, settings, calibration, tasks and limit. `texts` has the figures of a fusion's report, by the
+    name of the judging text. `speedups` has how many times as fast as the base "prefill" and "decoding" are, where that
+    was measured. `seconds` is wall time, evaluating and fusing, without loading and measuring the dense model.
+    `calibration` says where the texts are from that were used.
     """
 
     key: str
@@ -63,9 +65,7 @@ class Point:
     scores: dict[str, Score]
     seconds: dict[str, float]
     versions: dict[str, str]
-    perplexities: dict[str, float] = field(default_factory=dict)
-    divergences: dict[str, float] = field(default_factory=dict)
-    agreements: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, dict[str, float]] = field(default_factory=dict)
     speedups: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
@@ -75,10 +75,12 @@ class Point:
     def figures(self) -> dict[str, Score]:
         """All scores by task, and figures of texts by name, such as "perplexity, docs"."""
         figures = dict(self.scores)
-        measured = (self.speedups, self.perplexities, self.divergences, self.agreements)
-        for metric, values in zip(_ORDER, measured, strict=True):
-            for name, value in values.items():
-                figures[f"{metric}, {name}"] = Score(metric, value, None, metric in ("agreement", "speed-up"))
+        for name, speedup in self.speedups.items():
+            figures[f"speed-up, {name}"] = Score("speed-up", speedup, None)
+        for figure, (name, of_text) in product(FIGURES, self.texts.items()):
+            if figure.name in of_text:
+                score = Score(figure.name, of_text[figure.name], None, figure.higher_is_better)
+                figures[f"{figure.label}, {name}"] = score
         return figures
 
     def value(self, name: str) -> float:

@@ -29,7 +29,7 @@ from lf_hf.inputs.fusion import Texts, for_model
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
 from lf_hf.measure.dense import measure
-from lf_hf.report.data import TextFigures
+from lf_hf.report.figures import dense_figures
 from lf_hf.report.report import versions
 from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.progress import progress
@@ -225,8 +225,8 @@ class _Maker:
 
     def _dense_point(self, key: str) -> Point:
         speedups = {"prefill": 1.0, "decoding": 1.0} if self.configs[0].speed else {}
-        figures = {text.name: TextFigures(text.dense) for text in self._measured.judged}
-        return self._evaluate(key, DENSE, self._decoder.model, figures, speedups)
+        texts = {text.name: dense_figures(text.dense) for text in self._measured.judged}
+        return self._evaluate(key, DENSE, self._decoder.model, texts, speedups)
 
     def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:
         model = self._heal(model, config)
@@ -235,8 +235,8 @@ class _Maker:
             method += HEALED
         speed = report.speed
         speedups = {"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {}
-        figures = {text.name: text.figures for text in report.perplexities}
-        point = self._evaluate(key, method, model, figures, speedups)
+        texts = {text.name: text.figures for text in report.perplexities}
+        point = self._evaluate(key, method, model, texts, speedups)
         point.seconds["fusing"] = sum(report.seconds.values()) - sum(self._measured.seconds.values())
         sources = dict.fromkeys(text.source for text in self.texts.used_by(config) if text)
         return replace(point, config=report.config, notes=report.all_notes, calibration="; ".join(sources))
@@ -246,7 +246,7 @@ class _Maker:
         key: str,
         method: str,
         model: PreTrainedModel,
-        figures: dict[str, TextFigures],
+        texts: dict[str, dict[str, float]],
         speedups: dict[str, float],
     ) -> Point:
         """The point of a model, with its sizes and scores."""
@@ -267,8 +267,6 @@ class _Maker:
             scores=scores,
             seconds={"evaluating": seconds},
             versions=versions(),
-            perplexities={name: of_text.perplexity for name, of_text in figures.items()},
-            divergences={name: of_text.divergence for name, of_text in figures.items()},
-            agreements={name: of_text.agreement for name, of_text in figures.items()},
+            texts=texts,
             speedups=speedups,
         )

@@ -17,13 +17,12 @@ STABILITY_NOTE = (
     "Over the levels above, without the base: standard deviation (n - 1), largest minus smallest, and the "
     "largest change for the worse from one level to the next."
 )
-_NO_SCORES = ("divergence", "agreement", "speed-up")
 
 
 def stability_rows(points: Sequence[Point]) -> list[list[str]]:
     """Rows under STABILITY_HEAD, of each method with two levels or more.
 
-    Scores are taken as they are, of perplexities the natural logarithm. Divergence, agreement and speed are left out.
+    Scores are taken as they are, of perplexities the natural logarithm. Speed and other figures of texts are left out.
     """
     rows = []
     for method in dict.fromkeys(point.method for point in points if point.method != DENSE):
@@ -33,7 +32,7 @@ def stability_rows(points: Sequence[Point]) -> list[list[str]]:
             continue
         for name, score in levels[0].figures.items():
             finite = all(math.isfinite(point.value(name)) for point in levels)
-            if finite and score.metric not in _NO_SCORES:
+            if finite and (name in levels[0].scores or score.is_perplexity):
                 rows.append([method, *_stability(levels, name, score)])
     return rows
 

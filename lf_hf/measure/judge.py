@@ -56,7 +56,7 @@ def predict_texts(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]], sourc
     for name, figures in predictions(decoder, ids, states).items():
         in_memory = [state.cpu() for state in states[name]]
         size = sum(map(len, texts[name]))
-        judged.append(Judged(name, sources[name], ids[name], size, in_memory, figures.perplexity))
+        judged.append(Judged(name, sources[name], ids[name], size, in_memory, figures["perplexity"]))
     return judged
 
 
@@ -91,11 +91,7 @@ def judge(decoder: Decoder, judged: Sequence[Judged], dense_head: Tensor | None 
     ids = {text.name: text.ids for text in judged}
     states = final_states(decoder, ids, "Judging")
     found = predictions(decoder, ids, states, {text.name: text.states for text in judged}, dense_head)
-    infos = []
-    for text in judged:
-        fused, divergence, agreement = found[text.name]
-        infos.append(PerplexityInfo(text.name, text.source, text.tokens, text.dense, fused, divergence, agreement))
-    return infos
+    return [PerplexityInfo(text.name, text.source, text.tokens, text.dense, found[text.name]) for text in judged]
 
 
 def compare_continuations(

@@ -1,7 +1,4 @@
-"""What a model predicts on texts: perplexity, and divergence from and agreement with the dense model.
-
-The figures are computed here alone. This module knows nothing of fusing or training.
-"""
+"""What a model predicts on texts: its figures beside the dense model's. This knows nothing of fusing or training."""
 
 from __future__ import annotations
 
@@ -15,20 +12,15 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder, Head
 from lf_hf.decoder.demand import Setup
-from lf_hf.report.data import TextFigures
+from lf_hf.report.figures import FIGURES
 from lf_hf.runtime.amounts import LOGITS, LOGITS_IN_CACHE
-from lf_hf.runtime.numerics import in_float64
+from lf_hf.runtime.numerics import in_float64, kl_divergence
 from lf_hf.runtime.progress import progress
 
 Batches = Mapping[str, Sequence[Tensor]]
 """For each text by name: token ids of shape (sequences B, tokens T), or states of shape (B, T, hidden)."""
 HeadAndStates = tuple[Head, Sequence[Tensor]]
 """A model's head, and its final states of all batches of a text."""
-
-
-def kl_divergence(expected: Tensor, log_probs: Tensor) -> Tensor:
-    """KL(expected || predicted) in nats, of log-probabilities of shape (..., tokens T, vocab): shape (..., T)."""
-    return torch.linalg.vecdot(expected.exp(), expected - log_probs)
 
 
 @torch.no_grad()
@@ -51,8 +43,8 @@ def predictions(
     states: Batches,
     dense: Batches | None = None,
     dense_head: Tensor | None = None,
-) -> dict[str, TextFigures]:
-    """Compare a model's predictions of each text with the dense model's.
+) -> dict[str, dict[str, float]]:
+    """Figures of a model's predictions of each text, by name; of the dense model by itself those that are measured.
 
     `states` and `dense` are the final states of both, as `final_states` gives them; the model is the dense one by
     default. `dense_head` is the weight of the dense model's head (vocab, hidden), by default the decoder's: fusing does
@@ -60,6 +52,7 @@ def predictions(
     """
     compared = [states] if dense is None else [states, dense]
     found = {}
+    measured = [figure for figure in FIGURES if dense is not None or figure.dense is None]
     weight = decoder.head_weight
     heads = [partial(_head_logits, decoder, weight if other is None else other) for other in (None, dense_head)]
     for name, batches in ids.items():
@@ -68,32 +61,19 @@ def predictions(
             models.append((head, [state[:, :-1] for state in of_model[name]]))
         next_ids = torch.cat([batch[:, 1:].flatten() for batch in batches] or [torch.empty(0)])
         parts: list[Tensor] = []
-        for log_probs, *expected in _log_probs(models, decoder.config.vocab_size):
+        for of_models in _log_probs(models, decoder.config.vocab_size):
+            log_probs, of_dense = of_models[0], of_models[-1]
             targets, next_ids = next_ids.tensor_split([len(log_probs)])
-            parts.append(_token_figures(log_probs, targets.to(log_probs.device), *expected))
+            targets = targets.to(log_probs.device)
+            parts.append(torch.stack([figure.per_token(log_probs, of_dense, targets) for figure in measured]))
         if means := _means_over_tokens(parts):
-            loss, divergence, agreement = means
-            perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf where no float is large enough
-            found[name] = TextFigures(perplexity.item(), divergence, agreement)
+            found[name] = {figure.name: figure.of_mean(mean) for figure, mean in zip(measured, means, strict=True)}
     return found
 
 
 def _head_logits(decoder: Decoder, weight: Tensor, states: Tensor) -> Tensor:
     """Logits (..., vocab) of states (..., hidden) after the final norm."""
     return decoder.family.logits(decoder.config, linear(states.to(weight.device, weight.dtype), weight))
-
-
-def _token_figures(log_probs: Tensor, next_ids: Tensor, expected: Tensor | None = None) -> Tensor:
-    """What `TextFigures` come from, token by token: (3, tokens T), of log-probabilities (T, vocab) and ids (T,).
-
-    Negative log-likelihood, divergence, and 1 where both models have the same most likely token. Without `expected` the
-    model is the dense one.
-    """
-    loss = -log_probs.gather(-1, next_ids[:, None])[:, 0]
-    if expected is None:
-        return torch.stack([loss, torch.zeros_like(loss), torch.ones_like(loss)])
-    agreed = (log_probs.max(-1).indices == expected.max(-1).indices).to(loss)  # faster than argmax
-    return torch.stack([loss, kl_divergence(expected, log_probs), agreed])
 
 
 @torch.no_grad()

@@ -118,17 +118,9 @@ class CalibrationInfo:
         return f"calibration: {self.source} ({self.samples} samples, {self.tokens} tokens)"
 
 
-class TextFigures(NamedTuple):
-    """A model's predictions of each token of a text from the tokens before it, beside the dense model's."""
-
-    perplexity: float  # exp of the mean negative log-likelihood
-    divergence: float = 0.0  # the mean of KL(dense || model) in nats a token
-    agreement: float = 1.0  # share of tokens at which both models have the same most likely token
-
-
 @dataclass(frozen=True)
 class PerplexityInfo:
-    """The figures of the fused model on a text of so many tokens, and the dense model's perplexity.
+    """The dense model's perplexity on a text of so many tokens, and the fused model's figures by their names.
 
     `text` says what it is, and whether text of its kind is in the bundled calibration text.
     """
@@ -137,19 +129,17 @@ class PerplexityInfo:
     text: str
     tokens: int
     dense: float
-    fused: float
-    divergence: float
-    agreement: float
+    figures: dict[str, float]
+
+    @property
+    def fused(self) -> float:
+        """The fused model's perplexity."""
+        return self.figures["perplexity"]
 
     @property
     def ratio(self) -> float:
         """The fused model's perplexity over the dense model's."""
         return self.fused / self.dense
-
-    @property
-    def figures(self) -> TextFigures:
-        """The fused model's."""
-        return TextFigures(self.fused, self.divergence, self.agreement)
 
     @property
     def source(self) -> str:
@@ -244,15 +234,10 @@ class GroupCost:
 
 @dataclass(frozen=True)
 class BudgetTrial:
-    """What a fusion costs on text that nothing was fitted to: nats a token, and times the base's perplexity."""
+    """What a fusion costs on text that nothing was fitted to: the figure that is limited."""
 
     num_fusions: int
-    divergence: float
-    perplexity_ratio: float
-
-    def costs(self, name: str) -> float:
-        """The figure that the setting `name` limits."""
-        return self.divergence if name == "max_divergence" else self.perplexity_ratio
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -267,7 +252,7 @@ class BudgetInfo:
     def summary(self) -> str:
         """One sentence: what was allowed and measured."""
         tried = sorted(self.tried, key=lambda trial: trial.num_fusions)
-        costs = ", ".join(f"{trial.costs(self.name):.4g} with {trial.num_fusions}" for trial in tried)
+        costs = ", ".join(f"{trial.cost:.4g} with {trial.num_fusions}" for trial in tried)
         aside = f"{self.tokens:,} tokens of calibration text that were kept aside"
         return f"{self.name}={self.allowed:g} before any healing, on {aside}: {costs} fused."
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 
+from lf_hf.report.figures import FIGURES
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.runtime.errors import explained
@@ -36,7 +37,8 @@ def write_page(report: FusionReport, file: str | os.PathLike[str]) -> None:
     environment = Environment(loader=PackageLoader("lf_hf.report", "."), autoescape=True, trim_blocks=True)
     template = environment.get_template("page.html")
     pictures = {name: base64.b64encode(draw(figure, "svg")).decode() for name, figure in figures.items()}
-    text = template.render(report=report, pictures=pictures, figures=as_table(report.rows()), mark=_MARK)
+    shown = {"figures": as_table(report.rows()), "meanings": [figure.meaning for figure in FIGURES]}
+    text = template.render(report=report, pictures=pictures, mark=_MARK, **shown)
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, text.encode())
 
@@ -56,7 +58,7 @@ def report_figures(report: FusionReport) -> dict[str, Figure]:
     """The pictures that a report has the figures for, by name, in the order of the page."""
     if missing := missing_plot_packages():
         raise ValueError(missing)
-    from lf_hf.report.figures import PICTURES
+    from lf_hf.report.pictures import PICTURES
 
     figures = {}
     for picture in PICTURES:

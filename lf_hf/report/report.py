@@ -24,8 +24,8 @@ from lf_hf.report.data import (
     HealingInfo,
     PerplexityInfo,
     SpeedInfo,
-    TextFigures,
 )
+from lf_hf.report.figures import FIGURES, dense_figures
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.rows import Row, speed_rows
 from lf_hf.runtime.errors import explained
@@ -158,11 +158,12 @@ class FusionReport:
             rows = [row._replace(values=[*row.values, row.values[-1]]) for row in rows]  # as of the fused one
             first_judged = {text.name: text for text in self.healed.all[0].judged}
         for text in self.perplexities:
-            models = [TextFigures(text.dense), text.figures]
+            models = [dense_figures(text.dense), text.figures]
             if self.healed is not None:
                 models.insert(1, first_judged.get(text.name, text).figures)
-            for kind, values in zip(TextFigures._fields, zip(*models, strict=True), strict=True):
-                rows.append(Row(f"{kind}, {text.name}", kind, values))
+            for figure in FIGURES:
+                values = [model[figure.name] for model in models]
+                rows.append(Row(f"{figure.label}, {text.name}", figure.name, values))
         return rows
 
     @property

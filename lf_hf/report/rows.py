@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lf_hf.report.data import SpeedInfo
+from lf_hf.report.figures import FIGURES
 
 _MODELS = ("base", "fused", "healed")
-# By kind of figure: how a value is written, and how a change is.
+# By kind of row: how a value is written, and how a change is.
 _FORMS = {
     "size": (",", "percent"),
-    "perplexity": (".4g", "times"),
-    "divergence": (".4g", "none"),
-    "agreement": (".1%", "percent"),
     "rate": (".4g", "times"),
     "speed-up": (".3g", "none"),
+    **{figure.name: (figure.form, figure.change) for figure in FIGURES},
 }
 
 

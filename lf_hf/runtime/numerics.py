@@ -36,6 +36,11 @@ def to_host(*tensors: Tensor) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def kl_divergence(expected: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(expected || predicted) in nats, of log-probabilities of shape (..., tokens T, vocab): shape (..., T)."""
+    return torch.linalg.vecdot(expected.exp(), expected - log_probs)
+
+
 def in_float64(tensor: Tensor) -> Tensor:
     """A tensor in float64; on the CPU where its device (Apple's mps) has no such numbers."""
     if tensor.device.type == "mps":

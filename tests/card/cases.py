@@ -100,7 +100,7 @@ def outcome(case: Case, base: str, **placement: Any) -> dict[str, Any]:
         logits = model(input_ids=ids).logits[0, -1]
     return {
         "layers": [layer.layers for layer in report.fused_layers],
-        "judged": [[figure.dense, figure.fused, figure.divergence] for figure in judged],
+        "judged": [[figure.dense, figure.fused, figure.figures["divergence"]] for figure in judged],
         "logits": logits.tolist(),
         "device": device.type,
     }

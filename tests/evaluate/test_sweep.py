@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import check_golden, make_point, no_warnings
+from builders import check_golden, make_judged, make_point, no_warnings
 from conftest import same
 from run_faults import Answers
 from transformers import AutoModelForCausalLM
@@ -24,6 +24,7 @@ from lf_hf.evaluate.points import DENSE, RESULTS, Point, Score
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.evaluate.tables import markdown, stability_rows
+from lf_hf.report.figures import dense_figures
 from lf_hf.settings import METHODS
 
 Run = Callable[..., list[Point]]
@@ -76,10 +77,8 @@ def test_points_are_what_single_runs_give(run: Run, judged: list[Any], base: str
         assert same(model, alone)
         report = dataclasses.replace(alone.fusion_report, seconds={})
         assert report == dataclasses.replace(model.fusion_report, seconds={}) and len(report.perplexities) == 2
-        assert point.perplexities == {info.name: info.fused for info in report.perplexities}
-        assert point.divergences == {info.name: info.divergence for info in report.perplexities}
-        assert point.agreements == {info.name: info.agreement for info in report.perplexities}
-        assert dense.perplexities == {info.name: info.dense for info in report.perplexities}
+        assert point.texts == {info.name: info.figures for info in report.perplexities}
+        assert dense.texts == {info.name: dense_figures(info.dense) for info in report.perplexities}
         assert (point.layers, point.parameters) == (report.layers_after, report.parameters_after)
         assert point.config == config.to_dict() and point.scores["task"].value == point.layers
     assert same(judged[0], AutoModelForCausalLM.from_pretrained(base)) and judged[0].config.num_hidden_layers == 5
@@ -99,7 +98,7 @@ def test_what_differs_in_healing_alone_is_fused_once_and_drawn_alike(
     [alone] = [point for point in run(tmp_path / "one", methods=["healed"], **heal) if point.method == "healed"]
     [shared] = [point for point in points if point.method == "healed"]
     assert without_seconds([shared]) == without_seconds([alone])
-    assert shared.perplexities == points[-1].perplexities != points[1].perplexities
+    assert shared.texts == points[-1].texts != points[1].texts
 
 
 @pytest.mark.usefixtures("judged", "timed")
@@ -155,16 +154,17 @@ def test_what_is_there_is_shown_again(whole: Whole, base: str, text: Path, capsy
     assert main(["sweep", base, str(folder), "--num-fusions", "1, 2", "--methods", "mka, truncate", *options]) == 0
     assert (folder / RESULTS).read_bytes() == before  # all of it was there
     printed = capsys.readouterr().out
-    assert all(f"{value:.4g}" in printed for point in points for value in point.perplexities.values())
+    perplexities = [of_text["perplexity"] for point in points for of_text in point.texts.values()]
+    assert all(f"{perplexity:.4g}" in printed for perplexity in perplexities)
     assert "standard deviation" in printed and "log perplexity" in printed
 
 
 def test_tables_have_all_figures_and_marks_where_there_is_none() -> None:
     """Also as of a task that a newer lm-eval renamed, or of a model that has collapsed."""
-    measured: dict[str, Any] = {"divergences": {"docs": 0.25}, "agreements": {"docs": 0.875}}
+    texts = {"docs": make_judged("docs", "prose", 10.0, 20.0, 0.25, 0.875).figures}
     points = [
         dataclasses.replace(make_point(DENSE, 0, 0.5), speedups={"prefill": 1.0, "decoding": 1.0}),
-        dataclasses.replace(make_point("mka", 1, 0.25, 20.0), speedups={"prefill": 1.5, "decoding": 1.25}, **measured),
+        dataclasses.replace(make_point("mka", 1, 0.25, 20.0), speedups={"prefill": 1.5, "decoding": 1.25}, texts=texts),
         make_point("mka", 4, math.nan, math.inf),
         make_point("refit", 1, 0.5, 11.0),
         make_point("refit", 4, 0.375, 12.0),

@@ -99,7 +99,8 @@ def test_it_comes_nearer_to_the_base_on_text_that_it_has_not_seen(healed: Path, 
     assert means[report.healed.kept] == min(means.values()) < 0.8 * means[0]
     assert report.healed.judged == FusionReport.load(fused).perplexities
     for before, after in zip(report.healed.judged, report.perplexities, strict=True):
-        assert after.divergence < before.divergence and after.agreement > before.agreement
+        assert after.figures["divergence"] < before.figures["divergence"]
+        assert after.figures["agreement"] > before.figures["agreement"]
     assert FusedLlamaForCausalLM.from_pretrained(healed).fusion_report == report
     assert sum(info.tokens for info in report.healed.text) * report.healed.epochs == pytest.approx(2048)
     assert DOCUMENTATION in [info.source for info in report.healed.text]  # beside the text that was given
@@ -337,8 +338,7 @@ def test_a_trained_head_is_judged_against_the_head_of_the_base(
     dense, healed = (Decoder(AutoModelForCausalLM.from_pretrained(folder)) for folder in (base, out))
     judged = judge(healed, judge_dense(dense, make_tokenizer(), 512), dense.model.lm_head.weight)
     for reported, found in zip(report.perplexities, judged, strict=True):
-        assert reported.divergence == pytest.approx(found.divergence) and reported.agreement == found.agreement
-        assert reported.fused == pytest.approx(found.fused) and reported.tokens == found.tokens
+        assert reported.figures == pytest.approx(found.figures) and reported.tokens == found.tokens
 
 
 def test_adapters_have_their_rank(heal: Heal, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

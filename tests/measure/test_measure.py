@@ -23,7 +23,7 @@ from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.measure.generating import continue_prompts
 from lf_hf.measure.predictions import divergences, final_states, predictions
 from lf_hf.measure.speed import measure_speed
-from lf_hf.report.data import TextFigures
+from lf_hf.report.figures import dense_figures
 from lf_hf.report.report import FusionReport
 
 IDS = torch.randint(2, 320, (89,), generator=torch.Generator().manual_seed(0))
@@ -43,8 +43,8 @@ def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
     ids = {"text": decoder.make_batches(SEQUENCES), "empty": []}
     states = final_states(decoder, ids, "")
     [(name, found)] = predictions(decoder, ids, states, copy.deepcopy(states)).items()
-    assert name == "text" and found == TextFigures(found.perplexity, divergence=0.0, agreement=1.0)
-    assert found == predictions(decoder, ids, states)["text"]
+    assert name == "text" and found == dense_figures(found["perplexity"])
+    assert predictions(decoder, ids, states)["text"] == {"perplexity": found["perplexity"]}
 
 
 def test_a_model_that_continued_prompts_computes_what_it_did() -> None:
@@ -82,13 +82,13 @@ def test_figures_are_those_of_whole_forward_passes() -> None:
 
     found = predictions(decoder, ids, states, dense_states)["text"]
     p, q = (torch.cat([each[:-1] for each in log_probs]) for log_probs in (dense, fused))  # (tokens, vocab)
-    assert 0.05 < found.agreement < 0.95 and found.divergence > 0.1
-    assert found.divergence == pytest.approx(divergence(p, q), rel=1e-5)
-    assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert 0.05 < found["agreement"] < 0.95 and found["divergence"] > 0.1
+    assert found["divergence"] == pytest.approx(divergence(p, q), rel=1e-5)
+    assert found["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     targets = torch.cat([sequence[1:] for sequence in SEQUENCES])
-    assert math.log(found.perplexity) == pytest.approx(-float(q.gather(1, targets[:, None]).mean()), rel=1e-5)
+    assert math.log(found["perplexity"]) == pytest.approx(-float(q.gather(1, targets[:, None]).mean()), rel=1e-5)
     of_dense = predictions(decoder, ids, dense_states)["text"]
-    assert math.log(of_dense.perplexity) == pytest.approx(-float(p.gather(1, targets[:, None]).mean()), rel=1e-5)
+    assert math.log(of_dense["perplexity"]) == pytest.approx(-float(p.gather(1, targets[:, None]).mean()), rel=1e-5)
 
 
 ROWS = ["prefill, tokens a second", "decoding, tokens a second", "bytes of weights", "bytes of cache a token"]

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from builders import HEALED, MATCHES, check_golden, check_golden_page, make_point, make_report, no_warnings
+from builders import HEALED, MATCHES, check_golden, check_golden_page, make_judged, make_point, make_report, no_warnings
 from conftest import make_llama, make_texts
 from huggingface_hub import ModelCard
 from matplotlib.patches import Rectangle
@@ -35,7 +35,7 @@ from lf_hf.checkpoint.card import model_card
 from lf_hf.cli import main
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
-from lf_hf.report.data import BudgetInfo, BudgetTrial, Continuation, FusedLayer, PerplexityInfo, Rate, SpeedInfo
+from lf_hf.report.data import BudgetInfo, BudgetTrial, Continuation, FusedLayer, Rate, SpeedInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.page import report_figures, write_page
 from lf_hf.report.report import CHANGED_NOTE, published_name
@@ -54,8 +54,8 @@ def fuse(base: str, text: Path, method: str, **settings: Any) -> FusedLlamaForCa
 
 def test_perplexities_that_more_than_double_are_named() -> None:
     [judged, _] = make_report().perplexities
-    broken = dataclasses.replace(judged, dense=5.0, fused=10.1)
-    sound = dataclasses.replace(judged, name="reasoning", dense=5.0, fused=10.0)
+    broken = dataclasses.replace(judged, dense=5.0, figures={"perplexity": 10.1})
+    sound = dataclasses.replace(judged, name="reasoning", dense=5.0, figures={"perplexity": 10.0})
     for method, advice in (("refit", "Fewer fusions"), ("mka", "method refit")):
         [note] = damage_notes([broken, sound], [], method)
         assert note.startswith("Perplexity went from 5 to 10.1 (docs): ") and advice in note
@@ -89,11 +89,11 @@ def small_report(fused: FusedLayer = AVERAGED, **values: Any) -> FusionReport:
     return make_report(**fields | values)
 
 
-JUDGED = PerplexityInfo("docs", "some documentation", 4000, 10.0, 12.5, 0.25, 0.875)
+JUDGED = make_judged("docs", "some documentation", 10.0, 12.5, 0.25, 0.875)
 SPEED = SpeedInfo(
     "a CPU", "float32", 512, 128, Rate(50.0, 75.0, 1.5, 1.4, 1.6), Rate(5.0, 6.0, 1.2, 1.1, 1.3), [9, 8], [4, 3], 7
 )
-BUDGET = BudgetInfo("max_divergence", 0.5, 1000, [BudgetTrial(3, 0.25, 1.5), BudgetTrial(4, math.inf, 9.0)])
+BUDGET = BudgetInfo("max_divergence", 0.5, 1000, [BudgetTrial(3, 0.25), BudgetTrial(4, math.inf)])
 REPORTS = {
     "averaged": small_report(
         base="owner/model",
@@ -165,7 +165,7 @@ def strictly(content: str) -> Any:
     [
         make_report(license={"license": "mit"}),
         make_report(healed=HEALED, calibration=[], perplexities=[], similarity=None, embeddings=None),
-        make_report(perplexities=[PerplexityInfo("docs", "text", 10, 10.0, math.inf, math.inf, 0.5)]),
+        make_report(perplexities=[make_judged("docs", "text", 10.0, math.inf, math.inf, 0.5)]),
     ],
 )
 def test_a_report_comes_back_from_strict_json(report: FusionReport, tmp_path: Path) -> None:
@@ -277,9 +277,9 @@ def test_pictures_show_the_figures_of_the_report() -> None:
 
 def test_any_figures_can_be_shown(tmp_path: Path) -> None:
     values = [0.5, math.inf, math.nan]
-    judged = [PerplexityInfo(f"$\\frac${value}", "text", 10, 10.0, value, value, value) for value in values]
+    texts = [make_judged(f"$\\frac${value}", "text", 10.0, value, value, value) for value in values]
     with no_warnings():
-        write_page(make_report(perplexities=judged, influences=values * 11, **FEW_PICTURES), tmp_path / "page.html")
+        write_page(make_report(perplexities=texts, influences=values * 11, **FEW_PICTURES), tmp_path / "page.html")
         report_figures(make_report(influences=[0.0] * 32, **FEW_PICTURES))
     for name in ("similarity", "embeddings", "influences"):  # fewer than there are layers
         with pytest.raises(ValueError, match=r"The figures for .* do not fit together .*; save the model again"):
@@ -392,7 +392,7 @@ def hostile_report() -> FusionReport:
     report = make_report(
         base=HOSTILE,
         calibration=[dataclasses.replace(text, source=HOSTILE)],
-        perplexities=[PerplexityInfo(HOSTILE, HOSTILE, 4000, 6.0, 30.0, 0.5, 0.5)],
+        perplexities=[make_judged(HOSTILE, HOSTILE, 6.0, 30.0, 0.5, 0.5)],
         continuations=[Continuation(HOSTILE, f"\t{HOSTILE}\x00\x1b[2J", "")],
         seconds={HOSTILE: 1.0},
         versions={HOSTILE: HOSTILE},
