@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, dry_run, make_texts, make_tokenizer, pickled, save_base
+from conftest import QUICK, TINY, dry_run, make_texts, make_tokenizer, pickled, save_base
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -65,7 +65,7 @@ def test_a_base_whose_config_names_no_dtype_is_planned_as_it_is_stored(tmp_path:
 
 @pytest.mark.parametrize("method", ["refit", "healed"])
 def test_a_budget_has_a_plan_for_one_fusion(base: str, method: str) -> None:
-    plan = dry_run(base, FusionConfig(method=method, max_divergence=0.1), calibration=make_texts(3000))
+    plan = dry_run(base, FusionConfig(method=method, max_divergence=0.1), calibration=make_texts(400))
     assert 0 < plan.plan.peak["cpu"] < 1 << 31 and "layers: 5 -> 4 " in plan.summary()
     assert "as the budget allows" in plan.summary() and ("healing: on" in plan.summary()) == (method == "healed")
 
@@ -124,16 +124,16 @@ def test_a_large_model_that_is_not_downloaded_yet_is_planned(tmp_path: Path) -> 
 
 
 def test_a_torch_that_was_built_for_cards_takes_the_cpu_where_there_is_none(
-    make_base: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def built_for_cuda(check_available: bool = False) -> torch.device | None:
         return None if check_available else torch.device("cuda")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
-    fuse_checkpoint(make_base(), tmp_path / "out", num_fusions=1, method="truncate", perplexity_tokens=0)
+    fuse_checkpoint(base, tmp_path / "out", **QUICK)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.device.type == "cpu" and model.config.num_hidden_layers == TINY["num_hidden_layers"] - 1
-    assert dry_run(make_base(), FusionConfig(1, "healed"), device_map="auto").plan.device == "cpu"
+    assert dry_run(base, FusionConfig(1, "healed"), calibration=make_texts(400), device_map="auto").plan.device == "cpu"
     assert list(read_max_memory({0: "24GiB", "cpu": "8GiB"})) == ["cuda:0", "cpu"]  # a card of another machine
 
 
@@ -259,6 +259,7 @@ def test_a_refusal_names_the_least_that_would_do_and_that_does(on: Machine, trai
 
 def test_a_tiny_model_does_with_the_least_that_is_named(base: str, tmp_path: Path) -> None:
     given: dict[str, Any] = {"num_fusions": 1, "calibration": make_texts(200), "perplexity_tokens": 0}
+    given |= {"method": "refit", "calibration_tokens": 1024, "calibration_length": 32}
     with pytest.raises(NoRoom) as refused:
         fuse_checkpoint(base, tmp_path, max_memory="cpu=1MiB", **given)
     fuse_checkpoint(base, tmp_path, max_memory={"cpu": refused.value.needed}, **given)

@@ -40,6 +40,7 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint, pipeline
 from lf_hf.checkpoint.saving import WORK, locked_folder
 from lf_hf.evaluate.points import RESULTS
@@ -106,12 +107,15 @@ def test_a_result_is_replaced_only_as_it_was_written_and_only_if_it_may_go(base:
 
 
 @pytest.mark.usefixtures("no_work")
-def test_what_a_run_reads_is_not_where_it_writes(base: str, tmp_path: Path) -> None:
-    out = tmp_path / "models" / "m"
-    shutil.copytree(base, out)
-    with pytest.raises(ValueError, match="is what the run reads; choose another folder for its result"):
-        fuse_checkpoint(out.parent, out, subfolder="m", overwrite=True, **QUICK)
-    assert files(out) == files(Path(base))
+def test_what_a_run_reads_is_not_where_it_writes(base: str, fused: Path, tmp_path: Path) -> None:
+    out, healed = (Path(shutil.copytree(source, tmp_path / "models" / Path(source).name)) for source in (base, fused))
+    ways: list[Callable[[], Any]] = [*ways_of_fusing(str(out), out)]
+    ways += [partial(lf_hf.heal, healed, healed, base=base, overwrite=True)]
+    ways.append(partial(fuse_checkpoint, out.parent, out, subfolder=out.name, overwrite=True, **QUICK))
+    for way in ways:
+        with pytest.raises(ValueError, match="is what the run reads; choose another folder for its result"):
+            way()
+    assert files(out) == files(Path(base)) and files(healed) == files(fused)
 
 
 def test_a_tokenizer_that_cannot_be_read_costs_no_weights(
@@ -299,7 +303,7 @@ def test_ctrl_c_while_a_folder_is_locked_leaves_nothing(tmp_path: Path) -> None:
 
     place, meets, inside = str(Path(filelock.__file__).parent), 0, False
     while not inside:
-        meets, lines = meets + 1, list[int]()
+        meets, lines = meets + 5, list[int]()
         sys.settrace(interrupt)
         try:
             with locked_folder(tmp_path / "out"):
@@ -329,11 +333,10 @@ def test_what_a_killed_process_leaves_is_whole_and_of_two_that_start_at_once_one
 
 
 @pytest.fixture
-def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
-    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(100)))
-    given: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate", "mka"], "tasks": ["task"]}
-    return given | {"calibration": tmp_path / "text.txt", "settings": {"perplexity_tokens": 0}}
+    given: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"], "tasks": ["task"]}
+    return given | {"settings": {"perplexity_tokens": 0}}
 
 
 def test_a_sweep_on_a_full_disk_keeps_what_it_has(base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -344,7 +347,7 @@ def test_a_sweep_on_a_full_disk_keeps_what_it_has(base: str, arguments: dict[str
         file_size_limit(len(before[RESULTS]) + 50),  # within a point
         pytest.raises(OSError, match=r"results in .*out' cannot be written .*File too .*run the sweep again"),
     ):
-        sweep(base, out, **arguments | {"num_fusions": [2]})
+        sweep(base, out, **arguments | {"num_fusions": [3]})
     assert files(out) == before
     (out / RESULTS).write_bytes(cut := before[RESULTS][:-50])
     with pytest.raises(ValueError, match=r"Line 3 of .* is no result of a sweep \(.*\); remove it, and its point is"):
@@ -360,7 +363,7 @@ def test_a_sweep_into_a_read_only_folder_does_no_work(
     shutil.copytree(base, parent / "base")
     (parent / "there").mkdir()
     with read_only(parent), pytest.raises(OSError, match=r"cannot be written .*Permission denied"):
-        sweep(parent / "base", parent / name, **arguments | {"methods": ["truncate"], "calibration": None})
+        sweep(parent / "base", parent / name, **arguments)
     assert {path.name for path in parent.iterdir()} == {"base", "there"} and not any((parent / "there").iterdir())
 
 
@@ -424,7 +427,7 @@ def test_what_is_judged_otherwise_is_not_fused_anew(
 ) -> None:
     """The report keeps the figures that it has, and a line says with which settings they were measured."""
     settings: dict[str, Any] = {"method": "refit", "calibration_tokens": 1024, "calibration_length": 64}
-    settings |= {"heal_tokens": 1024, "speed": False}
+    settings |= {"speed": False}
     first = load(base, tmp_path / "fused", perplexity_tokens=200, **settings)
     caplog.clear()
     second = load(base, tmp_path / "fused", perplexity_tokens=400, **settings | {"speed": True})
