@@ -2,8 +2,8 @@
 
 `make_result` is all of it: `fuse_base`, and `heal_fused` where that is asked for. The middle is `fuse`: choose groups
 of the dense model's layers, make each group one layer, judge and report. What a group becomes depends on the method:
-`stages.averaging.average` is the published one, `refit.bottom_up.fit_groups` is `refit`. The model before it is fused
-is `dense` in the code, and the base wherever people read of it.
+`choose.methods` has them all, from `stages.averaging.average`, the published one, to `refit.bottom_up.fit_groups`. The
+model before it is fused is `dense` in the code, and the base wherever people read of it.
 
 Of a launch of several processes the first one does all of it but the training, for which they come together.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,8 @@ from lf_hf.checkpoint.identity import why_not_reused
 from lf_hf.checkpoint.saving import LOGS, SCRATCH, WORK, run_folder, write_result, write_whole
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
-from lf_hf.decoder.decoder import Decoder, Groups
+from lf_hf.choose.methods import MAKING
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.result import healed_report
 from lf_hf.healing.teacher import TEACHER, TRAINING, open_teacher, trained_by, write_teacher
 from lf_hf.inputs.fusion import FusionInputs
@@ -38,8 +39,7 @@ from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge, judge_dense
 from lf_hf.measure.speed import with_speed
 from lf_hf.plan.plan import Plan
-from lf_hf.refit.bottom_up import fit_groups
-from lf_hf.report.data import Continuation, FusedLayer, GroupCost, MadeLayer, PerplexityInfo
+from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.report import FusionReport, published_name, versions
 from lf_hf.runtime.amounts import MAX_SHARD_BYTES
@@ -47,15 +47,12 @@ from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.launch import compute_once, rank
 from lf_hf.runtime.memory import give_back_freed
 from lf_hf.runtime.numerics import to_device, weights_digest
-from lf_hf.runtime.progress import progress
-from lf_hf.settings import FusionConfig
-from lf_hf.stages.averaging import average
+from lf_hf.settings import METHODS, FusionConfig
 
 logger = logging.get_logger(__name__)
 
 FUSED = "fused"
 """Folder in that of a run: the fused model, until it is healed."""
-_HELD_OUT = 4  # sequences of calibration text that layers are not fitted to, but judged on
 
 
 def make_result(inputs: FusionInputs, folder: Path, *, overwrite: bool, wait: bool = False) -> torch.device | None:
@@ -256,35 +253,12 @@ def fuse_layers(
     with clock("making"):
         dense = decoder.copy()
         layers = []
-        for weights, kind, entry in make_layers(dense, choice.groups, config, measured):
+        for weights, kind, entry in MAKING[config.method].make(dense, choice.groups, config, measured):
             first, *_, last = entry.layers
             num_removed = dense.num_layers - decoder.num_layers
             decoder.join((first - num_removed, last - num_removed), weights, kind)
             layers.append(replace(entry, cost=choice.costs.get((first, last))))
     return choice, layers
-
-
-def make_layers(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
-    """Make one layer of each group, from the bottom up: a fit to the group, its average, or its first layer."""
-    if config.fits:
-        assert measured.text is not None
-        held_out, text = measured.text.hold_out(_HELD_OUT)
-        yield from fit_groups(dense, groups, text.sequences, [*held_out, *text.other], ridge=config.ridge)
-    elif config.averages:
-        assert measured.similarity is not None
-        for group in progress(groups, desc="Fusing", unit="group"):
-            yield average(
-                dense,
-                group,
-                measured.similarity.matrix,
-                alignment=config.alignment,
-                ratio_beta=config.ratio_beta,
-                known=measured.kept.averages,
-            )
-    else:
-        for first, last in groups:
-            layers = list(range(first, last + 1))
-            yield MadeLayer({}, {}, FusedLayer(layers, shares=[1.0, *[0.0] * (last - first)]))
 
 
 def _notes(
@@ -299,7 +273,7 @@ def _notes(
     if config.perplexity_tokens and not perplexities:
         notes.append("No perplexity: this Python comes without the texts that it is measured on.")
         logger.warning(notes[-1])
-    if config.fits and config.selection == "least_influence":
+    if config.selection == "least_influence" and "groups" in METHODS[config.method].selections:
         notes.append(
             "Layers were chosen by their influence alone, and what any group of them costs was not measured; "
             "selection='groups' measures it, and finds groups that must not be fused."

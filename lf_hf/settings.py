@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -29,31 +30,66 @@ SHORTEST_LENGTH = 16
 LEVELS = ("num_fusions", "target_layers", "max_divergence", "max_perplexity_ratio")
 """Fields of FusionConfig that say how many layers to fuse: one of them is given."""
 
-_DEFAULTS = {"selection": "last", "alignment": "none", "heal_tokens": 0}
-METHODS: dict[str, dict[str, Any]] = {
-    "neural_alignment": _DEFAULTS | {"alignment": "rows"},
-    "mka": _DEFAULTS,
-    "truncate": _DEFAULTS,
-    "refit": _DEFAULTS | {"selection": "groups"},
-    "healed": _DEFAULTS | {"selection": "groups", "heal_tokens": None},
-}
-"""What each method sets; a field that the user gives overrides it, and what is None here follows from the model."""
-
 MOST_CALIBRATION_TOKENS, CHANNEL_TOKENS = 262144, 32
-LEAST_CALIBRATION_TOKENS = 49152, 131072
-"""Default numbers of tokens that layers are fitted to: so many for each channel of the MLP, but no fewer than the
-least, of a fusion alone and of one that is healed."""
+"""Default number of tokens that layers are fitted to: so many for each channel of the MLP, up to the most."""
 
-AVERAGING = ("neural_alignment", "mka")
-"""Methods that average the weights of layers."""
+_FIT = "The method refit fits the fused layers to the base and keeps far more of it."
+_FIT_BETTER = "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."
 
-FITTING = ("refit", "healed")
-"""Methods that fit a layer to what a group of layers computes."""
+
+class Method(NamedTuple):
+    """What settings and people know of a method; `choose.methods` has what it does to a group of layers.
+
+    A field that the user gives overrides the preset, and what is None there follows from the model.
+    """
+
+    purpose: str
+    preset: dict[str, Any]
+    selections: tuple[str, ...] = ("last", "least_influence")
+    averages: bool = False
+    """Whether weights of layers are averaged, by their similarities (stages 1 to 3)."""
+    fits: bool = False
+    """Whether fused layers are fitted to calibration text."""
+    least_tokens: int = 49152
+    """Of calibration text, by default."""
+    advice: str = _FIT
+    """To those whose model lost much."""
+    unhealed: str | None = None
+    """The method that makes the same layers and trains nothing, where this one trains the model."""
+
+
+_PRESET = {"selection": "last", "alignment": "none", "heal_tokens": 0}
+_REFIT = Method(
+    "a model that is to be used",
+    _PRESET | {"selection": "groups"},
+    ("last", "least_influence", "groups"),
+    fits=True,
+    advice=_FIT_BETTER,
+)
+METHODS = {
+    "neural_alignment": Method(
+        "MKA with matched neurons; the default in Python", _PRESET | {"alignment": "rows"}, averages=True
+    ),
+    "mka": Method("[Pruning via Merging](https://arxiv.org/abs/2406.16330)", _PRESET, averages=True),
+    "truncate": Method("the plainest baseline", _PRESET),
+    "refit": _REFIT,
+    "healed": _REFIT._replace(
+        purpose="the same, with a short training after it; the default of `lf-hf fuse`",
+        preset=_REFIT.preset | {"heal_tokens": None},
+        least_tokens=131072,
+        unhealed="refit",
+    ),
+}
+"""All methods by their names."""
 
 
 def default_heal_tokens(layer_parameters: int) -> int:
     """Tokens of a healing: one for a hundred parameters of a layer, from 131,072 to 2,097,152."""
     return min(max(131072, layer_parameters // 100), 2097152)
+
+
+def _named(methods: Iterable[str]) -> str:
+    return " and ".join(methods)
 
 
 _PUBLISHED = Needs("averages", heading="Hyper-parameters of the published method")
@@ -154,20 +190,21 @@ class FusionConfig(Settings):
     """Questions of each MMLU subject to calibrate on."""
 
     def _preset(self) -> dict[str, Any]:
-        return METHODS[self.method]
+        return METHODS[self.method].preset
 
     def _check_together(self) -> None:
         given = [name for name in LEVELS if getattr(self, name) is not None]
         if len(given) != 1:
             named = " and ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none of them"
             raise ValueError(f"Give one of {', '.join(LEVELS)}, which say how many layers to fuse; got {named}.")
-        if self.selection == "groups" and not self.fits:
-            methods = " and ".join(FITTING)
+        if self.selection not in METHODS[self.method].selections:
+            named = _named(method for method in METHODS if self.selection in METHODS[method].selections)
             raise ValueError(
-                f"selection='groups' is for the methods {methods}, got method={self.method!r}; give 'last'."
+                f"selection={self.selection!r} is for the methods {named}, got method={self.method!r}; give 'last'."
             )
         if self.alignment != "none" and not self.averages:
-            problem = f"alignment={self.alignment!r} is for the methods {' and '.join(AVERAGING)}"
+            named = _named(method for method in METHODS if METHODS[method].averages)
+            problem = f"alignment={self.alignment!r} is for the methods {named}"
             raise ValueError(f"{problem}, got method={self.method!r}; give 'none'.")
         if self.heal_tokens and self.heal_tokens < LEAST_HEAL_TOKENS:
             raise ValueError(f"heal_tokens must be 0 or an integer >= {LEAST_HEAL_TOKENS}, got {self.heal_tokens}.")
@@ -175,12 +212,12 @@ class FusionConfig(Settings):
     @property
     def averages(self) -> bool:
         """Whether the weights of layers are averaged, by their similarities (stages 1 to 3)."""
-        return self.method in AVERAGING
+        return METHODS[self.method].averages
 
     @property
     def fits(self) -> bool:
-        """Whether fused layers are fitted to what their groups compute."""
-        return self.method in FITTING
+        """Whether fused layers are fitted to calibration text."""
+        return METHODS[self.method].fits
 
     @property
     def needs_text(self) -> bool:
@@ -209,7 +246,7 @@ class FusionConfig(Settings):
     @property
     def unhealed(self) -> FusionConfig:
         """The same fusion without the healing that follows it."""
-        return replace(self, method="refit" if self.method == "healed" else self.method, heal_tokens=0)
+        return replace(self, method=METHODS[self.method].unhealed or self.method, heal_tokens=0)
 
     @property
     def healing(self) -> HealSettings | None:
@@ -228,7 +265,7 @@ class FusionConfig(Settings):
 
     def for_width(self, channels: int, layer_parameters: int) -> FusionConfig:
         """The settings with as many tokens as a model gets by default, by its MLP's channels and a layer's size."""
-        config, least = self, LEAST_CALIBRATION_TOKENS[self.method == "healed"]
+        config, least = self, METHODS[self.method].least_tokens
         if self.needs_text and self.calibration_tokens is None:
             tokens = min(max(least, CHANNEL_TOKENS * channels), MOST_CALIBRATION_TOKENS)
             config = replace(config, calibration_tokens=tokens)

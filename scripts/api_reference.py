@@ -15,8 +15,8 @@ import griffe
 from griffe2md import render_object_docs
 
 import lf_hf
-from lf_hf import FusionConfig
 from lf_hf.runtime.settings_base import Settings
+from lf_hf.settings import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
@@ -30,13 +30,6 @@ A method says what a group of layers becomes, and sets these defaults; `FusionCo
 {methods}
 
 """
-_METHODS_FOR = {
-    "neural_alignment": "MKA with matched neurons; the default in Python",
-    "mka": "[Pruning via Merging](https://arxiv.org/abs/2406.16330)",
-    "truncate": "the plainest baseline",
-    "refit": "a model that is to be used",
-    "healed": "the same, with a short training after it; the default of `lf-hf fuse`",
-}
 
 # Methods shown with their class; all that a class inherits is as in transformers.
 _MEMBERS = {
@@ -62,11 +55,10 @@ def reference() -> str:
 
 def methods() -> str:
     """The table of presets."""
-    names = ["selection", "alignment"]
-    rows = [["method", *names, "for"], ["---"] * (len(names) + 2)]
-    for method, purpose in _METHODS_FOR.items():
-        config = FusionConfig(1, method)
-        rows.append([f"`{method}`", *(str(getattr(config, name)) for name in names), purpose])
+    fields = ["selection", "alignment"]
+    rows = [["method", *fields, "for"], ["---"] * (len(fields) + 2)]
+    for name, method in METHODS.items():
+        rows.append([f"`{name}`", *(method.preset[field] for field in fields), method.purpose])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

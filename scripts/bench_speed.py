@@ -49,11 +49,11 @@ from lf_hf import FusionConfig, fuse_checkpoint, pipeline
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.choose.choice import choose
+from lf_hf.choose.methods import MAKING
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.inputs.fusion import Texts, for_model
 from lf_hf.measure.dense import Measurements, measure
-from lf_hf.pipeline import make_layers
-from lf_hf.settings import FITTING
+from lf_hf.settings import METHODS
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.alignment import normalized_rows
@@ -293,7 +293,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource | None) -> No
     forward = timed(partial(run_layers, decoder, measured.text.sequences))
     choosing = timed(partial(choose, decoder, config, measured))
     groups = choosing.result.groups
-    making = timed(lambda: list(make_layers(decoder, groups, config, measured)))
+    making = timed(lambda: list(MAKING[config.method].make(decoder, groups, config, measured)))
     parts: dict[str, Cost[Any]] = {"forward pass": forward, "text": text, "choosing": choosing, "making": making}
     if config.heal_tokens:
         training_text = load_corpus(calibration, max_tokens=config.heal_tokens, to_train=True, tokenizer=tokenizer)
@@ -401,7 +401,9 @@ def main() -> None:
     add_shape(parser)
     shape = ("HIDDEN", "MLP", "KV")
     parser.add_argument("--pair", type=int, nargs=3, default=[1024, 3584, 256], metavar=shape, help="for pair")
-    parser.add_argument("--method", default="refit", choices=FITTING, help="for price")
+    parser.add_argument(
+        "--method", default="refit", choices=[name for name, method in METHODS.items() if method.fits], help="for price"
+    )
     parser.add_argument("--selection", choices=["last", "least_influence", "groups"], help="for price")
     parser.add_argument("--text", type=Path, help="for price: a file to calibrate on, in place of the default texts")
     parser.add_argument("--text-tokens", type=int, default=16384, help="for price")

@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench_quality import LENGTH, Judge, read_halves
@@ -25,10 +26,10 @@ from lf_hf import FusionConfig
 from lf_hf.checkpoint.base import Base
 from lf_hf.choose.choice import try_sets
 from lf_hf.choose.costs import GroupCosts, split_text
+from lf_hf.choose.methods import MAKING
 from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.inputs.fusion import for_model
 from lf_hf.measure.dense import Measurements, measure
-from lf_hf.pipeline import make_layers
 from lf_hf.runtime.amounts import num_rough_tokens, num_trials
 from lf_hf.text.calibration import load_calibration, load_corpus
 from lf_hf.text.judging import judging_texts
@@ -41,7 +42,7 @@ def choose_roughly(dense: Decoder, measured: Measurements, config: FusionConfig,
     """The best set of groups by fits to so many tokens."""
     assert measured.text is not None
     text = split_text(measured.text, tokens)
-    costs = GroupCosts(dense, text, config.ridge)
+    costs = GroupCosts(dense, text, partial(MAKING[config.method].roughly, ridge=config.ridge))
     trials = try_sets(costs, config.num_fusions, num_trials(measured.text.source.tokens))
     return min(trials, key=lambda groups: trials[groups])
 
@@ -62,7 +63,7 @@ def made(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measure
     """The model with each of some groups made one layer."""
     decoder = dense.copy()
     removed = 0
-    for weights, kind, entry in make_layers(dense, groups, config, measured):
+    for weights, kind, entry in MAKING[config.method].make(dense, groups, config, measured):
         first, *_, last = entry.layers
         decoder.join((first - removed, last - removed), weights, kind)
         removed += last - first

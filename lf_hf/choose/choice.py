@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 
 from lf_hf.choose.costs import GroupCosts, num_pieces, split_text
+from lf_hf.choose.methods import MAKING, num_groups
 from lf_hf.choose.sets import estimate_costs, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.decoder.demand import Need, Setup, times
@@ -18,7 +19,6 @@ from lf_hf.decoder.hidden_states import cosine_sums, influences
 from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
 from lf_hf.measure.predictions import logits_bytes
-from lf_hf.refit.fit import fitting
 from lf_hf.refit.states import run_boundaries
 from lf_hf.runtime.amounts import (
     JUDGED_AT_ONCE,
@@ -95,14 +95,14 @@ def least_influence_groups(
 
 
 def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Choice:
-    """Choose the set of groups that, by rough fits, moves the model's predictions least.
+    """Choose the set of groups that, its layers made roughly, moves the model's predictions least.
 
     Raises ValueError if no set has costs that are finite.
     """
     assert measured.text is not None
     text = split_text(measured.text, num_rough_tokens(decoder.family.mlp_width(decoder.config)))
-    known = measured.kept.group_costs
-    costs = GroupCosts(decoder, text, config.ridge)
+    known = measured.kept.group_costs.setdefault(config.unhealed.method, {})
+    costs = GroupCosts(decoder, text, partial(MAKING[config.method].roughly, ridge=config.ridge))
     costs.by_group |= known
     trials = try_sets(costs, config.num_fusions, num_trials(measured.text.source.tokens))
     of_layers = influences([cosine_sums(before, after) for before, after in pairwise(costs.boundaries)])
@@ -150,12 +150,6 @@ def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) 
         costs.measure({group for groups in proposed for group in groups} - costs.by_group.keys())
 
 
-def num_groups(config: FusionConfig) -> int:
-    """About how many groups there are: by cost few long ones are chosen, and by influence mostly pairs."""
-    a_group = {"last": config.least_fusions, "least_influence": 4 / 3, "groups": 5 / 2}  # layers that go in it
-    return max(1, round(config.least_fusions / a_group[config.selection]))
-
-
 def choosing(setup: Setup, config: FusionConfig) -> Need:
     """What `choose` takes."""
     if config.selection == "groups":
@@ -179,7 +173,7 @@ def _choosing_by_cost(setup: Setup, config: FusionConfig) -> Need:
     # Lists: at all boundaries, inside a group, of groups that are judged, and above those of sets.
     lists = setup.states((shape.layers + 1) * (fitted + judging) + (2 * setup.longest + 3) * fitted)
     lists += setup.states(measured * judging_groups + trials * groups * (fitted + judging))
-    fit = partial(fitting, setup, length, fitted, is_rough=True)
+    fit = partial(MAKING[config.method].count_roughly, setup, length, fitted, is_rough=True)
     longest_fit, _ = fit(setup.longest)
     # Sets are judged one by one, and some groups beside each other.
     set_logits = logits_bytes(setup, setup.batch(JUDGING_LENGTH, judging) // stride, 2)

@@ -1,4 +1,4 @@
-"""What groups of layers cost: how far they move the model's predictions, each made one layer by a rough fit.
+"""What groups of layers cost: how far they move the model's predictions, each made one layer roughly.
 
 The divergence of predictions from the dense model's is taken on short pieces of several kinds of text, to which nothing
 is fitted.
@@ -7,7 +7,7 @@ is fitted.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -18,11 +18,11 @@ from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.families.table import DecoderLayer
 from lf_hf.measure.dense import CalibrationText
 from lf_hf.measure.predictions import divergences
-from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
 from lf_hf.refit.regression import FitError
 from lf_hf.refit.states import States, keep, run_boundaries, run_states
 from lf_hf.refit.traces import trace
+from lf_hf.report.data import MadeLayer
 from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
 from lf_hf.runtime.progress import progress
 from lf_hf.text.packing import OUT_OF_DOMAIN_TOKENS
@@ -79,7 +79,10 @@ class _Front(NamedTuple):
 
 
 class GroupCosts:
-    """Measures costs of groups, and of sets of them, in nats a token."""
+    """Measures costs of groups, and of sets of them, in nats a token.
+
+    `roughly` makes one layer of layers, their traces and states in front of them, as `fit_group` does.
+    """
 
     decoder: Decoder  # the dense model
     boundaries: list[States]  # all text before each of its layers and after the last one
@@ -87,7 +90,7 @@ class GroupCosts:
     """Costs of groups that were measured, to which those of another computation may be added. They are inf where
     predictions cannot be computed."""
 
-    def __init__(self, decoder: Decoder, text: GroupText, ridge: float) -> None:
+    def __init__(self, decoder: Decoder, text: GroupText, roughly: Callable[..., MadeLayer]) -> None:
         self.decoder = decoder
         batches = [self.decoder.make_batches(sequences) for sequences in text]
         num_fitting, num_judging, _ = map(len, batches)
@@ -98,7 +101,7 @@ class GroupCosts:
         self._judging_groups = slice(num_fitting, num_fitting + num_judging)
         self._judging_sets = slice(num_fitting, None)
         self._rough_tokens = sum(map(len, text.fitting))
-        self._ridge = ridge
+        self._roughly = roughly
         self._fronts: dict[Groups, _Front] = {}  # above the groups that measured sets begin with
         self._judged_tokens = slice(1, None, judged_stride(decoder.config.vocab_size))
 
@@ -179,15 +182,15 @@ class GroupCosts:
         return new
 
     def _fuse(self, first: int, group: Sequence[_Traced], fitted: States) -> DecoderLayer:
-        """The layer that a group becomes by a rough fit, on states in front of it unless they are the dense model's."""
+        """The layer that a group becomes roughly, on states in front of it unless they are the dense model's."""
         layers = [layer for layer, _ in group]
         stream = [self._dense(first, self._fitting)]
         for number, (_, mid_states) in enumerate(group, first + 1):
             stream += [mid_states, self._dense(number, self._fitting)]
         passes = zip(*stream, strict=True)
         traces = trace(self.decoder, layers, passes, fitted or None, rough_tokens=self._rough_tokens)
-        fit = fit_group(self.decoder, layers, traces, fitted or stream[0], ridge=self._ridge)
-        return build_layer(self.decoder, fit.weights, fit.kind)
+        made = self._roughly(self.decoder, layers, traces, fitted or stream[0])
+        return build_layer(self.decoder, made.weights, made.kind)
 
     def _dense(self, boundary: int, batches: slice) -> States:
         """The dense model's states of some text at a boundary."""

@@ -58,7 +58,7 @@ def healed_report(
             "Healing did not bring the model nearer to its base on held-out text, so its weights are what they were "
             "before; take more tokens or a lower learning_rate."
         )
-    for note in (*notes, *damage_notes(perplexities, continuations, report.config.get("method"))):
+    for note in (*notes, *damage_notes(perplexities, continuations, report.config["method"])):
         logger.warning(note)
     if repeats := repeats_note(healed.epochs):  # which was logged before the training
         notes.append(repeats)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from lf_hf.choose.choice import choosing, num_groups
-from lf_hf.decoder.demand import Need, Setup, Work
+from lf_hf.choose.choice import choosing
+from lf_hf.choose.methods import MAKING
+from lf_hf.decoder.demand import Need, Setup
 from lf_hf.families.models import model_class
 from lf_hf.healing.ladder import plan_training
 from lf_hf.healing.teacher import teaching
@@ -21,10 +22,8 @@ from lf_hf.measure.judge import judging
 from lf_hf.plan.machine import Machine
 from lf_hf.plan.plan import NoRoom, Plan, plan
 from lf_hf.plan.probe import Rates
-from lf_hf.refit.bottom_up import making
 from lf_hf.runtime.numerics import computes_bfloat16
 from lf_hf.settings import FusionConfig, HealSettings
-from lf_hf.stages.averaging import averaging
 
 
 def plan_phases(
@@ -89,11 +88,7 @@ def _phases(fusion: FusionConfig, healing: HealSettings | None, setup: Setup) ->
     phases = {"measure": measuring(setup, fusion)}
     if fusion.needs_text:
         phases["choose"] = choosing(setup, fusion)
-    phases["make"] = Need(fusion.least_fusions * setup.shape.layer_bytes, 0, Work())
-    if fusion.fits:
-        phases["make"] = making(setup, fusion, num_groups(fusion))
-    if fusion.averages:
-        phases["make"] = averaging(setup, fusion)
+    phases["make"] = MAKING[fusion.method].count(setup, fusion)
     phases["judge"] = judging(setup, fusion.perplexity_tokens, fusion.least_fusions)
     if healing is not None:
         phases["teach"] = teaching(setup, healing)

@@ -77,7 +77,7 @@ class CalibrationText(NamedTuple):
 class Kept:
     """What fusions of one base leave to those that follow: each adds to it."""
 
-    group_costs: dict[Group, float] = field(default_factory=dict)  # of short groups
+    group_costs: dict[str, dict[Group, float]] = field(default_factory=dict)  # of short groups, by method
     averages: dict[AverageKey, MadeLayer] | None = None  # none where none are to be kept
 
 

@@ -101,7 +101,7 @@ class FusionReport:
         notes += self.notes
         if self.healed is not None:
             notes += self.healed.notes
-        return notes + damage_notes(self.perplexities, self.continuations, self.config.get("method"))
+        return notes + damage_notes(self.perplexities, self.continuations, self.config["method"])
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from lf_hf.choose.sets import cheapest_sets, estimate_costs, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import fuse
+from lf_hf.refit.fit import fit_group
 from lf_hf.report.data import BudgetTrial
 from lf_hf.report.figures import FIGURES
 from lf_hf.text.calibration import Corpus
@@ -154,7 +156,7 @@ def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
     """Costs are those of rough fits, on half of the tokens of the text that judges; of that groups take a part."""
     model = make_llama(num_hidden_layers=7)
     text = split_text(calibration_text(TEXT[:8], TEXT[8:]), 4096)
-    costs = GroupCosts(Decoder(model), text, 0.1)
+    costs = GroupCosts(Decoder(model), text, partial(fit_group, ridge=0.1))
     tried = try_sets(costs, 2, count=16)
     pairs, threes = [(n, n + 1) for n in range(1, 5)], [(n, n + 2) for n in range(1, 4)]
     assert costs.by_group.keys() == {*pairs, *threes} and len(tried) == 6

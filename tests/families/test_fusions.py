@@ -30,7 +30,7 @@ from lf_hf.measure.generating import continue_prompts, generate
 from lf_hf.pipeline import fuse
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.layer_parts import build_layer
-from lf_hf.settings import FITTING, METHODS
+from lf_hf.settings import METHODS
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 SAMPLES = CalibrationSamples(make_texts(), "made up")
@@ -108,7 +108,7 @@ WAYS = [
     {"method": method, "selection": selection}
     for method in METHODS
     for selection in ("last", "least_influence", "groups")
-    if method != "healed" and (selection != "groups" or method in FITTING)
+    if method != "healed" and selection in METHODS[method].selections
 ]
 
 
