@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic_core import to_json
 from transformers.utils import logging
 
-from lf_hf.checkpoint.saving import locked_folder
+from lf_hf.checkpoint.saving import writing
 from lf_hf.evaluate.points import RESULTS, Point, read_points, result_lines
 from lf_hf.evaluate.tables import markdown
 from lf_hf.report.page import draw, missing_plot_packages, write_whole
-from lf_hf.runtime.launch import speaks
 from lf_hf.runtime.words import plural
 
 logger = logging.get_logger(__name__)
+_ADVICE = "fix the cause and run the sweep again, which goes on where it stopped"
 _MADE = ("results.md", "curve.png", "curve.svg")
 
 
 class Results:
     """The points of a sweep that are in its folder, by their `keys`.
 
-    Other processes may write there too. Raises OSError if the folder cannot be written, and ValueError if it holds
-    results of something else, or tables without results.
+    Raises ValueError if the folder holds results of something else, or tables without results.
     """
 
     def __init__(self, folder: Path, base: str, keys: Sequence[str]) -> None:
@@ -32,19 +30,18 @@ class Results:
         self._file = folder / RESULTS
         self._base = base
         self._keys = keys
-        with self._alone():
-            others = read_points(self._file).keys() - set(keys)
-            if others and speaks():
-                logger.warning(
-                    f"{RESULTS} in {str(folder)!r} also holds {len(others)} {plural(len(others), 'point')} of another "
-                    "base or other arguments; they stay, and tables and pictures show only what this sweep asks for."
-                )
-            tables = [name for name in _MADE if (folder / name).exists()]
-            if tables and not self._file.exists():
-                raise ValueError(
-                    f"{str(folder)!r} holds {', '.join(tables)}, but no {RESULTS}, so they may be yours; choose "
-                    "another folder, or move them."
-                )
+        others = read_points(self._file).keys() - set(keys)
+        if others:
+            logger.warning(
+                f"{RESULTS} in {str(folder)!r} also holds {len(others)} {plural(len(others), 'point')} of another "
+                "base or other arguments; they stay, and tables and pictures show only what this sweep asks for."
+            )
+        tables = [name for name in _MADE if (folder / name).exists()]
+        if tables and not self._file.exists():
+            raise ValueError(
+                f"{str(folder)!r} holds {', '.join(tables)}, but no {RESULTS}, so they may be yours; choose "
+                "another folder, or move them."
+            )
 
     def points(self) -> list[Point]:
         """The points that are there now, level by level."""
@@ -52,22 +49,17 @@ class Results:
         points = [there[key] for key in self._keys if key in there]
         return sorted(points, key=lambda point: point.num_fusions)
 
-    def missing(self) -> list[str]:
-        """Keys of the points that are not there."""
-        there = read_points(self._file)
-        return [key for key in self._keys if key not in there]
-
     def add(self, point: Point) -> None:
-        """Keep a point at once, and write the tables of all points."""
+        """Keep a point at once, and write the tables of all points. Raises OSError if they cannot be written."""
         line = to_json(point, inf_nan_mode="strings")
-        with self._alone():
+        with writing(self._folder, _ADVICE):
             lines = [*result_lines(self._file), line]
             write_whole(self._file, b"".join(line + b"\n" for line in lines))
             self._write_tables()
 
     def complete(self) -> None:
-        """Write the tables and, with matplotlib, the picture."""
-        with self._alone():
+        """Write the tables and, with matplotlib, the picture. Raises OSError if they cannot be written."""
+        with writing(self._folder, _ADVICE):
             self._write_tables()
             if missing_plot_packages():
                 return
@@ -79,15 +71,3 @@ class Results:
 
     def _write_tables(self) -> None:
         write_whole(self._folder / "results.md", markdown(self.points(), self._base).encode())
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other processes from writing meanwhile; an OSError names the folder and says what to do."""
-        try:
-            with locked_folder(self._folder, wait=True):
-                yield
-        except OSError as error:
-            raise OSError(
-                f"The results in {str(self._folder)!r} cannot be written ({error}); fix the cause and run "
-                "the sweep again, which goes on where it stopped."
-            ) from error

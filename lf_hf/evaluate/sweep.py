@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,13 +20,13 @@ from lf_hf import pipeline
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, identity_key, text_digest
-from lf_hf.checkpoint.saving import WORK, checked_folder, write_whole
+from lf_hf.checkpoint.saving import WORK, checked_folder, locked_folder, write_whole
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.healing.teacher import TRAINING
 from lf_hf.inputs.fusion import Texts, for_model
 from lf_hf.inputs.healing import HealInputs
-from lf_hf.inputs.planning import check_text_to_heal, plan_run
+from lf_hf.inputs.planning import check_text_to_heal, following, plan_run
 from lf_hf.measure.dense import measure
 from lf_hf.report.figures import dense_figures
 from lf_hf.report.report import versions
@@ -40,7 +39,7 @@ from lf_hf.text.sources import TextSource
 if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
 
-_Keys = dict[str, FusionConfig | None]  # of points: of the dense model, None, and of the fusions
+_Keys = dict[FusionConfig | None, str]  # of points: of the dense model, None, and of the fusions
 _KEY = 16  # characters of a point's key
 
 
@@ -89,7 +88,7 @@ def sweep(
     ValueError
         Before any long work, for settings, a base, calibration text or tasks that cannot be used.
     OSError
-        If that folder cannot be written.
+        If another process is at work in that folder, or if it cannot be written.
     """
     if find_spec("lm_eval") is None:
         raise ValueError("Sweeps evaluate with lm-eval; run `pip install '.[lm-eval]'` in lf_hf's checkout.")
@@ -107,12 +106,22 @@ def sweep(
     healed = next((config.heal_tokens for config in configs if config.heal_tokens), None)
     to_heal = healed and load_corpus(calibration, max_tokens=healed, to_train=True, tokenizer=tokenizer)
     texts = Texts.load(configs, calibration, tokenizer)
-    maker = _Maker(opened, tokenizer, configs, texts, to_heal or None, evaluation)
+    work = folder / WORK / "sweep"
+    maker = _Maker(opened, tokenizer, configs, texts, to_heal or None, evaluation, work)
     maker.check_healing()
     asked |= {"tasks": sorted(tasks), "limit": limit and float(limit)}  # a command line gives 20.0 for 20
     keys = maker.keys(json.dumps(asked, sort_keys=True))
-    results = Results(folder, opened.name, list(keys))
-    maker.make(keys, results)
+    with locked_folder(folder):
+        results = Results(folder, opened.name, list(keys.values()))
+        there = {point.key for point in results.points()}
+        missing = {config: key for config, key in keys.items() if key not in there}
+        shutil.rmtree(work, ignore_errors=True)  # of a sweep that was killed
+        try:
+            for point in progress(maker.points(missing), total=len(missing), desc="Sweep", unit="point"):
+                results.add(point)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        results.complete()
     return results.points()
 
 
@@ -156,7 +165,7 @@ class _Maker:
     texts: Texts
     to_heal: Corpus | None
     evaluation: Evaluation
-    _work: TemporaryDirectory[str] = field(default_factory=TemporaryDirectory)  # for what healings need of the base
+    work: Path  # folder for what is fused, until it is healed, and for what healings need of the base
 
     def check_healing(self) -> None:
         """Raise ValueError if healed points cannot be made here."""
@@ -164,7 +173,7 @@ class _Maker:
             return
         # The fusion whose healing takes most has the most layers left.
         most = min((config for config in self.configs if config.heal_tokens), key=lambda config: config.num_fusions)
-        plan = plan_run(self.base, most, None, healing=most.healing).healing
+        plan = plan_run(self.base, most, self._healing, healing=most.healing).healing
         assert plan is not None
         check_text_to_heal(self.tokenizer, self.to_heal, plan.settings, self.base)
 
@@ -173,63 +182,63 @@ class _Maker:
         base = files_digest(self.base)
         others = {"dtype": self.base.dtype, "evaluation": evaluation}
         judged = {"perplexity_tokens": self.configs[0].perplexity_tokens}
-        keys: _Keys = {identity_key(identity(base, judged, "", **others))[:_KEY]: None}
+        keys: _Keys = {None: identity_key(identity(base, judged, "", **others))[:_KEY]}
         for config in self.configs:
             used = [*self.texts.used_by(config), self.to_heal if config.heal_tokens else None]
             texts = chain(*(text.texts for text in used if text))
             text = text_digest(texts, self.tokenizer)
             made_of = identity(base, config.in_effect(), text, **others)
-            keys[identity_key(made_of)[:_KEY]] = config
+            keys[config] = identity_key(made_of)[:_KEY]
         return keys
 
-    def make(self, keys: _Keys, results: Results) -> None:
-        """Make the points that are missing."""
-        missing = results.missing()
+    def points(self, missing: _Keys) -> Iterator[Point]:
+        """Make points: first all that need the dense model, which is gone when the first fusion is healed."""
         if missing:
-            most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
-            self._decoder = self.base.open_decoder(plan_run(self.base, most, None))
-            self._measure([config for config in map(keys.get, missing) if config])
-        fuse = lru_cache(maxsize=1)(self._fuse)  # points that differ in healing alone follow each other
-        for key in progress(missing, desc="Sweep", unit="point"):
-            config = keys[key]
-            if config is None:
-                results.add(self._dense_point(key))
-            else:
-                results.add(self._fused_point(key, config, fuse(config.unhealed)))
-        results.complete()
+            yield from self._fused_points(missing)
+        for config, key in missing.items():
+            if config is not None and config.heal_tokens:
+                yield self._healed_point(key, config)
 
-    def _measure(self, configs: Sequence[FusionConfig]) -> None:
-        """Measure on the base what these fusions need."""
-        measured = measure(self._decoder, self.tokenizer, self.configs[0], *self.texts.used_by(*configs))
-        measured.kept.averages = {}  # for higher levels to go on from
-        self._measured = measured
+    def _fused_points(self, missing: _Keys) -> Iterator[Point]:
+        """The points of the dense model and of fusions that are not healed; what is to be healed is written."""
+        fusions = [config for config in missing if config is not None]
+        most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
+        plan = replace(plan_run(self.base, most, None), minutes=None)  # those of one fusion
+        with following(plan):
+            decoder = self.base.open_decoder(plan)
+            measured = measure(decoder, self.tokenizer, self.configs[0], *self.texts.used_by(*fusions))
+            measured.kept.averages = {}  # for higher levels to go on from
+            self._parameters, self._seconds = measured.parameters, sum(measured.seconds.values())
+            if None in missing:
+                speedups = {"prefill": 1.0, "decoding": 1.0} if self.configs[0].speed else {}
+                texts = {text.name: dense_figures(text.dense) for text in measured.judged}
+                yield self._evaluate(missing[None], DENSE, decoder.model, texts, speedups)
+            for fusion in dict.fromkeys(config.unhealed for config in fusions):
+                copy, model_class = decoder.copy(), fused_class(self.base.config)  # which shares its tensors
+                model = pipeline.fuse_measured(self.base, copy, self.tokenizer, fusion, measured, model_class)
+                for config in (config for config in fusions if config.unhealed == fusion):
+                    if config.heal_tokens:
+                        model.remember(replace(model.report, config=config.to_dict()))
+                        write_whole(self.work, missing[config], partial(model.save_pretrained, plain=True))
+                    else:
+                        yield self._fused_point(missing[config], config, model)
 
-    def _fuse(self, config: FusionConfig) -> FusedForCausalLM:
-        """A fusion of a copy of the base, which shares its tensors."""
-        decoder, model_class = self._decoder.copy(), fused_class(self.base.config)
-        return pipeline.fuse_measured(self.base, decoder, self.tokenizer, config, self._measured, model_class)
+    @property
+    def _healing(self) -> Path:
+        """Folder in which fusions are healed one after the other; what is measured on the base for it serves all."""
+        return self.work / "healing"
 
-    def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> FusedForCausalLM:
-        """A fused model, healed where that is asked for; what is measured on the base for it serves all points."""
-        asked_for = {"method": config.method, "heal_tokens": config.heal_tokens}
-        model.remember(replace(model.report, config=model.report.config | asked_for))
-        if self.to_heal is None or config.healing is None:
-            return model
-        folder = Path(self._work.name)
-        for name in (pipeline.FUSED, TRAINING):
-            shutil.rmtree(folder / WORK / name, ignore_errors=True)
-        fused = write_whole(folder, pipeline.FUSED, partial(model.save_pretrained, plain=True))
-        return pipeline.heal_fused(
-            HealInputs.of(fused, self.base, self.tokenizer, self.to_heal, config.healing), folder
-        )
-
-    def _dense_point(self, key: str) -> Point:
-        speedups = {"prefill": 1.0, "decoding": 1.0} if self.configs[0].speed else {}
-        texts = {text.name: dense_figures(text.dense) for text in self._measured.judged}
-        return self._evaluate(key, DENSE, self._decoder.model, texts, speedups)
+    def _healed_point(self, key: str, config: FusionConfig) -> Point:
+        """The point of a healed fusion, of which nothing stays on the disk."""
+        assert self.to_heal is not None and config.healing is not None
+        fused = self.work / WORK / key
+        inputs = HealInputs.of(fused, self.base, self.tokenizer, self.to_heal, config.healing)
+        point = self._fused_point(key, config, pipeline.heal_fused(inputs, self._healing))
+        for made in (fused, self._healing / WORK / TRAINING):
+            shutil.rmtree(made)
+        return point
 
     def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:
-        model = self._heal(model, config)
         report, method = model.report, config.method
         if config.heal_tokens and method != "healed":
             method += HEALED
@@ -237,7 +246,7 @@ class _Maker:
         speedups = {"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {}
         texts = {text.name: text.figures for text in report.perplexities}
         point = self._evaluate(key, method, model, texts, speedups)
-        point.seconds["fusing"] = sum(report.seconds.values()) - sum(self._measured.seconds.values())
+        point.seconds["fusing"] = sum(report.seconds.values()) - self._seconds
         sources = dict.fromkeys(text.source for text in self.texts.used_by(config) if text)
         return replace(point, config=report.config, notes=report.all_notes, calibration="; ".join(sources))
 
@@ -263,7 +272,7 @@ class _Maker:
             layers=layers,
             parameters=parameters,
             layers_removed_fraction=(dense_layers - layers) / dense_layers,
-            parameters_removed_fraction=1 - parameters / self._decoder.model.num_parameters(),
+            parameters_removed_fraction=1 - parameters / self._parameters,
             scores=scores,
             seconds={"evaluating": seconds},
             versions=versions(),

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lf_hf
 from lf_hf import FusionConfig
+from lf_hf.checkpoint.saving import WORK
 from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.points import DENSE, RESULTS, Point, Score
@@ -92,6 +93,7 @@ def test_what_differs_in_healing_alone_is_fused_once_and_drawn_alike(
     assert [point.method for point in points] == [DENSE, "refit", "healed", "refit, healed"]
     assert [point.config["heal_tokens"] for point in points if point.config] == [0, 2048, 2048]
     assert same(judged[2], judged[3]) and not same(judged[1], judged[2])
+    assert not (tmp_path / "both" / WORK).exists()  # where they lay until they were healed
     lines = {line.get_label(): line for line in sweep_curve(points).axes[0].get_lines()}
     fused, healed = lines["refit"], lines["refit, healed"]
     assert fused.get_color() == healed.get_color() and [fused.get_linestyle(), healed.get_linestyle()] == ["-", "--"]
