@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -76,7 +76,6 @@ class Plan:
 
     `parameters` are the base's and the result's, `peak` is by place, and `phases` by phase of the place that computes;
     `disk` is at most, while it runs. `work` and `minutes` are by phase, the latter None for a device that is not here.
-    `begun` is the note of the same healing, if it was cut short.
     """
 
     machine: Machine
@@ -92,7 +91,6 @@ class Plan:
     disk: int
     work: dict[str, Work]
     minutes: dict[str, float] | None
-    begun: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
