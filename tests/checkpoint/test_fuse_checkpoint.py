@@ -279,7 +279,7 @@ def test_arguments_of_transformers_pass(base: str) -> None:
 def test_a_layer_is_fitted_to_two_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"dtype": "bfloat16", "num_fusions": 1, "method": "refit"}
     given |= {"selection": "least_influence", "calibration_tokens": 1024}
-    report = fuse_checkpoint(smollm2, tmp_path, perplexity_tokens=256, **given)
+    report = fuse_checkpoint(smollm2, tmp_path, perplexity_tokens=128, **given)
     assert [layer.layers for layer in report.fused_layers] == [[24, 25]]
     for text in report.perplexities:
         assert text.dense < text.fused < 1.2 * text.dense
