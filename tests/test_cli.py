@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, HealSettings
 from lf_hf.cli import main
+from lf_hf.report.figures import FIGURES
 from lf_hf.runtime.terminal import show, table
 from lf_hf.settings import METHODS
 
@@ -57,7 +58,7 @@ def test_fuse_writes_what_the_library_writes_and_a_table(run: Run, base: str, te
     assert report.config == config.to_dict()
     sizes = [file.stat().st_size for folder in (base, tmp_path / "out") for file in Path(folder).glob("*.safetensors")]
     shown, rows = " ".join(out.split()), report.rows((sizes[0], sizes[1]))
-    assert len(rows) == 3 + 2 * 3 and all(" ".join(row.cells).strip() in shown for row in rows)
+    assert len(rows) == 3 + 2 * len(FIGURES) and all(" ".join(row.cells).strip() in shown for row in rows)
 
 
 def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: Path, tmp_path: Path) -> None:

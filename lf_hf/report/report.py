@@ -162,6 +162,8 @@ class FusionReport:
             if self.healed is not None:
                 models.insert(1, first_judged.get(text.name, text).figures)
             for figure in FIGURES:
+                if any(figure.name not in model for model in models):
+                    continue  # of a report that is older than the figure
                 values = [model[figure.name] for model in models]
                 rows.append(Row(f"{figure.label}, {text.name}", figure.name, values))
         return rows

@@ -35,7 +35,7 @@ from lf_hf.checkpoint.card import model_card
 from lf_hf.cli import main
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
-from lf_hf.report.data import BudgetInfo, BudgetTrial, Continuation, FusedLayer, Rate, SpeedInfo
+from lf_hf.report.data import BudgetInfo, BudgetTrial, Continuation, FusedLayer, PerplexityInfo, Rate, SpeedInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.page import report_figures, write_page
 from lf_hf.report.report import CHANGED_NOTE, published_name
@@ -166,6 +166,7 @@ def strictly(content: str) -> Any:
         make_report(license={"license": "mit"}),
         make_report(healed=HEALED, calibration=[], perplexities=[], similarity=None, embeddings=None),
         make_report(perplexities=[make_judged("docs", "text", 10.0, math.inf, math.inf, 0.5)]),
+        make_report(perplexities=[PerplexityInfo("docs", "text", 10, 10.0, {"perplexity": 12.0})]),  # an older one
     ],
 )
 def test_a_report_comes_back_from_strict_json(report: FusionReport, tmp_path: Path) -> None:
