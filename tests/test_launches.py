@@ -98,5 +98,5 @@ def test_lm_eval_fuses_once_and_loads_it_in_every_process(tmp_path: Path) -> Non
     assert "|choosing|" in launch.out.replace(" ", "")
     [results, *_] = tmp_path.glob("found/*/results_*.json")
     kept = FusionReport.load(tmp_path / "kept")
-    assert json.loads(results.read_text())["config"]["fusion"]["parameters"][1] == kept.parameters_after
+    assert json.loads(results.read_text())["config"]["fusion"]["parameters_after"] == kept.parameters_after
     assert kept.layers_after == 4 and not (tmp_path / "kept" / ".lf_hf").exists()

@@ -44,11 +44,6 @@ _PLACING = ("device_map", "max_memory", "offload_folder")  # HFLM works these ou
 _ABOUT_LOADING = {"dtype", "revision", "subfolder", "trust_remote_code"}
 # What a misspelt argument may mean; from_pretrained takes more.
 _KNOWN = (*FusionConfig.known, "calibration", "fused_dir", "attn_implementation", *_HFLM_ARGUMENTS)
-# What results hold of the report, besides sizes and pairs.
-_REPORTED = (
-    *("config", "revision", "calibration", "budget", "healed", "perplexities", "speed", "notes"),
-    *("layers_removed_fraction", "parameters_removed_fraction"),
-)
 
 
 @register_model("fused", "fused_llama")
@@ -192,20 +187,10 @@ class FusedLM(HFLM):
         return from_pretrained_fused(base, self.fusion_config, tokenizer=self._base_tokenizer, **self._fusing)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Add what was fused to HFLM's model information, which lm-eval writes into its results."""
+        """Add the report to HFLM's model information, which lm-eval writes into its results."""
         info: dict[str, Any] = super().get_model_info()
         report = self.model.fusion_report
-        if report is None:
-            return info
-        values = report.to_dict()
-        fusion = {name: values[name] for name in _REPORTED}
-        fusion["pairs"] = [list(pair) for pair in report.pairs]
-        fusion["ratios"] = [[ratio, 1 - ratio] for layer in report.fused_layers for ratio in layer.ratios]
-        fusion["layers"] = [report.layers_before, report.layers_after]
-        fusion["parameters"] = [report.parameters_before, report.parameters_after]
-        fusion["summary"] = report.summary()
-        info["fusion"] = fusion
-        return info
+        return info if report is None else info | {"fusion": report.to_dict()}
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
