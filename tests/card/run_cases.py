@@ -32,7 +32,7 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader
 from card.cases import CASES, FAMILIES, PLACEMENTS, Case, make_base, outcome
 from card.stand_in import insert
-from conftest import ROOT, make_texts, save_base, tensors
+from conftest import make_texts, save_base, tensors
 from tiny_models import tiny_model
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import DefaultFlowCallback, PreTrainedModel
@@ -44,7 +44,7 @@ from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.plan.machine import CONTEXT
 from lf_hf.plan.plan import NoRoom, Plan
-from lf_hf.refit.fit import fit_group
+from lf_hf.refit.layer_parts import build_layer
 from lf_hf.runtime.clock import Clock
 
 CARDS = insert(LIBRARY)
@@ -78,10 +78,10 @@ class Waits:
 
         def rough_fit(*given: Any, **named: Any) -> Any:
             self._rough_fits += 1
-            return fit_group(*given, **named)
+            return build_layer(*given, **named)
 
         patch.object(Clock, "__call__", phase).start()
-        patch("lf_hf.choose.costs.fit_group", rough_fit).start()
+        patch("lf_hf.choose.costs.build_layer", rough_fit).start()
         patch.object(DefaultFlowCallback, "on_step_begin", on_step_begin).start()
         patch.object(DefaultFlowCallback, "on_step_end", on_step_end).start()
 
@@ -203,20 +203,6 @@ def layers_on_disk(bases: dict[str, str]) -> Figures:
         return {"order": order, "same": same, "threads": len({*threading.enumerate()} - {*threads})}
 
 
-def benchmark(_: dict[str, str]) -> list[Figures]:
-    """The rows of scripts/bench_gpu.py, on all of a card and on a part of it."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import bench_gpu
-
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "rows.json")
-        words = f"bench_gpu --small --skip-tests --part cuda:0=1050MiB,cpu=4GiB --out {out}".split()
-        with CARDS.watch(), patch.object(sys, "argv", words), pytest.raises(SystemExit):
-            bench_gpu.main()
-        rows: list[Figures] = json.loads(out.read_text(encoding="utf-8"))["rows"]
-        return rows
-
-
 def trainings(_: dict[str, str]) -> list[Figures]:
     """What trains, and its peak, on a large card, and on cards with no more than parts of what is planned for that; at
     the end adapters, which are asked for: here they take as much as the fused layers, so no plan chooses them."""
@@ -247,7 +233,7 @@ def trainings(_: dict[str, str]) -> list[Figures]:
     return found
 
 
-CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room, layers_on_disk, benchmark, trainings]
+CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room, layers_on_disk, trainings]
 
 
 def placed(case: Case, base: str) -> dict[str, Any]:
