@@ -7,16 +7,13 @@ import copy
 import os
 import resource
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from unittest.mock import Mock
 
-import filelock
 import peft
 import pytest
 import torch
@@ -273,47 +270,6 @@ def test_of_two_runs_in_one_folder_one_says_so(base: str, tmp_path: Path) -> Non
     ):  # before the work, not after it
         fuse_checkpoint(base, tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_another_process_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one does that wrote nothing, between the making and the locking of this one."""
-    out = tmp_path / "new" / "out"
-
-    def removed_meanwhile(lock: Any, **_: Any) -> None:
-        monkeypatch.undo()
-        shutil.rmtree(out.parent)
-        raise FileNotFoundError(lock.lock_file)
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", removed_meanwhile)
-    with locked_folder(out):
-        (out / "file").touch()
-    assert (out / "file").exists()
-
-
-def test_ctrl_c_while_a_folder_is_locked_leaves_nothing(tmp_path: Path) -> None:
-    """Whatever line of the lock's own code it meets."""
-
-    def interrupt(frame: FrameType, event: str, _: object) -> Any:
-        if not frame.f_code.co_filename.startswith(place):
-            return None
-        lines.append(frame.f_lineno)
-        if len(lines) == meets:
-            raise KeyboardInterrupt
-        return interrupt
-
-    place, meets, inside = str(Path(filelock.__file__).parent), 0, False
-    while not inside:
-        meets, lines = meets + 5, list[int]()
-        sys.settrace(interrupt)
-        try:
-            with locked_folder(tmp_path / "out"):
-                sys.settrace(None)
-                inside = True
-        except KeyboardInterrupt:
-            assert not (tmp_path / "out").exists(), f"after line {lines[-1]}"
-        finally:
-            sys.settrace(None)
-    assert meets > 20
 
 
 def test_all_files_follow_the_umask(base: str, tmp_path: Path) -> None:

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
-from builders import make_point, make_report
 from conftest import ON_DISK, QUICK, make_llama, make_texts, pickled, same, tensors
 from huggingface_hub.utils._paths import filter_repo_objects
-from hypothesis import HealthCheck
-from hypothesis import strategies as st
-from safetensors.torch import save, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport, from_pretrained_fused, fuse_checkpoint
-from lf_hf.checkpoint.card import model_card
-from lf_hf.checkpoint.weights import local_folder, tensor_files
-from lf_hf.evaluate.points import read_points
-from lf_hf.text.calibration import load_calibration, load_corpus
+from lf_hf.checkpoint.weights import local_folder
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "calibration": make_texts(), "perplexity_tokens": 0}
 SETTINGS |= {"method": "refit", "calibration_length": 32, "calibration_tokens": 1024}
@@ -285,82 +275,6 @@ def test_a_layer_is_fitted_to_two_of_a_real_model(smollm2: Path, tmp_path: Path)
         assert text.dense < text.fused < 1.2 * text.dense
     stock = LlamaForCausalLM.from_pretrained(tmp_path)
     assert stock.num_parameters() == report.parameters_after == 134_515_008 - 3_540_096
-
-
-VALUES: list[Any] = [None, True, -1, 0.5, math.inf, math.nan, 10**400, "", "a", [], {}, ((1,),)]
-
-
-@st.composite
-def edited(draw: st.DrawFn, whole: Any) -> bytes:
-    """A JSON value with one to three of its parts replaced or removed."""
-    root: Any = {"": deepcopy(whole)}
-    for _ in range(draw(st.integers(1, 3))):
-        parent, key = root, ""
-        while isinstance(parent[key], (dict, list)) and parent[key] and draw(st.integers(0, 4)):
-            parent = parent[key]
-            key = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
-        if parent is not root and draw(st.booleans()):
-            del parent[key]
-        else:
-            parent[key] = draw(st.sampled_from(VALUES))
-    return json.dumps(root[""]).encode()
-
-
-@st.composite
-def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Bytes of a file with some of them cut out, overwritten or put in; or any others."""
-    content = whole if draw(st.integers(0, 5)) else draw(st.binary(max_size=200))
-    for _ in range(draw(st.integers(1, 3))):
-        start = draw(st.integers(0, len(content)))
-        content = content[:start] + draw(st.binary(max_size=20)) + content[start + draw(st.integers(0, 20)) :]
-    return content
-
-
-POINT = make_point("mka", 1, 0.5)
-RESULT = vars(POINT) | {"scores": {"task": vars(POINT.scores["mmlu_5shot"])}}
-REPORT = make_report(similarity=None, embeddings=None).to_dict()
-INDEX = {"metadata": {"total_size": 9}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-INDEX_NAME = "model.safetensors.index.json"
-WHOLE = {f"model-{n}.safetensors": save({name: torch.ones(2, 3)}) for n, name in ((1, "a"), (2, "b"))}
-WHOLE[INDEX_NAME] = json.dumps(INDEX).encode()
-TEXTS = ["one\ntwo", 'a "b", c', *make_texts(3)]
-LINES = "\n".join(json.dumps({"text": text}) for text in TEXTS).encode()
-# Files, what may be in them, and who reads them.
-PARSERS: list[tuple[str, st.SearchStrategy[bytes], Any]] = [
-    ("fusion_report.json", edited(REPORT) | damaged(json.dumps(REPORT).encode()), FusionReport.load),
-    ("results.jsonl", st.lists(edited(RESULT) | st.binary(max_size=20)).map(b"\n".join), read_points),
-    (INDEX_NAME, edited(INDEX) | damaged(WHOLE[INDEX_NAME]), lambda file: tensor_files(file.parent)),
-    ("model-1.safetensors", damaged(WHOLE["model-1.safetensors"]), lambda file: tensor_files(file.parent)),
-]
-for name, content in {
-    "a.txt": "\n\n".join(TEXTS).encode(),
-    "a.jsonl": LINES,
-    "a.csv": b'n,text\n0,one\n1,"a "',
-}.items():
-    for load in (lambda file: load_calibration(file).texts, lambda file: [*load_corpus(file).parts.values()]):
-        PARSERS.append((name, damaged(content), load))
-
-
-@pytest.mark.parametrize(("name", "contents", "read"), PARSERS)
-@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@hypothesis.given(data=st.data())
-def test_what_can_be_read_can_be_used(
-    tmp_path: Path, name: str, contents: st.SearchStrategy[bytes], read: Any, data: st.DataObject
-) -> None:
-    for other, whole in WHOLE.items():
-        (tmp_path / other).write_bytes(whole)
-    (tmp_path / name).write_bytes(content := data.draw(contents))
-    found = None
-    with suppress(ValueError, OSError):
-        found = read(tmp_path / name)
-    if isinstance(found, FusionReport):
-        assert found.summary() and model_card(found, LlamaConfig(), plain=False)
-        assert len(found.groups) == found.layers_after
-    elif found and name in WHOLE:
-        assert {shard.parent for shard in found.values()} == {tmp_path}
-    elif isinstance(found, list):
-        assert all(isinstance(text, str) and text.encode() for text in found)
-    assert (tmp_path / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("subfolder", ["", "half/"])

@@ -339,17 +339,6 @@ def test_predictions_that_overflow_are_named() -> None:
         generate(Decoder(model), 2, 3, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("attention", "mask"), [("eager", True), ("sdpa", False), ("kernels-community/flash-attn2", False)]
-)
-def test_only_attention_that_is_not_causal_by_itself_gets_a_mask(attention: str, mask: bool) -> None:
-    model = make_llama()
-    model.config._attn_implementation_internal = attention  # which takes a GPU and packages to set
-    decoder = Decoder(model)
-    [hidden_states] = decoder.embed([THREE])
-    assert (decoder.layer_inputs(hidden_states, model.model.layers[0])["attention_mask"] is not None) == mask
-
-
 @pytest.mark.parametrize("place", ["memory", "hooks of a device map", "disk"])
 def test_copies_have_the_same_layers_until_one_of_them_is_changed(place: str, tmp_path: Path) -> None:
     in_memory, on_disk = decoders(make_llama(), tmp_path)

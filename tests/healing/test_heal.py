@@ -399,12 +399,6 @@ def test_the_command_line_and_a_native_checkpoint(
     assert not changed(tmp_path / "out", healed)
 
 
-def test_repeats_are_said_before_the_training(heal: Heal, caplog: pytest.LogCaptureFixture) -> None:
-    with patch.object(Base, "load", side_effect=Killed), pytest.raises(Killed):
-        heal(text=TEXTS[:6])
-    assert re.search(r"Healing goes \d+\.\d times through its text", caplog.text)
-
-
 def test_many_processes_share_a_step(base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"base": base, "text": TEXTS, "length": 256, "batch_tokens": 1024}
     cases = (1, 1024, "1 step of 1,024"), (1, 4096, "4 steps of 1,024"), (3, 4096, "2 steps of 1,536")

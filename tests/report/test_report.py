@@ -364,7 +364,7 @@ def test_its_commands_make_the_same_weights_in_another_process(base: str, tmp_pa
     text, fresh, commands = str(tmp_path / "text.txt"), tmp_path / "fresh", []
     base = str(shutil.copytree(base, fresh / "-rf"))
     given: dict[str, Any] = {"num_fusions": 2, "calibration": text, "perplexity_tokens": 256, "speed": False}
-    fuse_checkpoint(base, tmp_path / "averaged", **given)
+    fuse_checkpoint(base, tmp_path / "averaged", method="mka", **given)
     fuse_checkpoint(base, tmp_path / "twice", method="truncate", heal_tokens=1024, **given)
     healing: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256}
     healing["training_args"] = {"optim": "adafactor", "bf16": False}
