@@ -271,7 +271,7 @@ class Judge:
         texts = judge(Decoder(model), self.judged, dense_head=self._head)
         cells = []
         for figure in FIGURES:
-            values = [text.ratio if figure.is_ratio else text.figures[figure.name] for text in texts]
+            values = [text.ratio if figure.change == "times" else text.figures[figure.name] for text in texts]
             cells += [format(value, figure.form) for value in values]
         return cells
 

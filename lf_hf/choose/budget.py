@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import free_layers
 from lf_hf.measure.dense import Kept, Measurements
 from lf_hf.measure.judge import judge, predict_texts
-from lf_hf.report.data import BudgetInfo, BudgetTrial
+from lf_hf.report.data import BudgetInfo
 from lf_hf.report.figures import FIGURES, Figure
 from lf_hf.runtime.amounts import most_fusions
 from lf_hf.runtime.errors import reason
@@ -63,67 +63,66 @@ def search_budget(
         logger.warning(notes[-1])
     measured = replace(measured, text=text._replace(source=source, notes=notes), kept=Kept())
 
-    def attempt(count: int) -> tuple[BudgetTrial, tuple[Decoder, T]]:
+    def attempt(count: int) -> tuple[float, tuple[Decoder, T]]:
         copy = decoder.copy()
         level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
         fused = fuse_layers(copy, level, measured)
         [found] = judge(copy, judged)
-        return BudgetTrial(count, found.ratio if limited.is_ratio else found.figures[limited.name]), (copy, fused)
+        return found.ratio if limited.change == "times" else found.figures[limited.name], (copy, fused)
 
     free, _ = free_layers(decoder.model_config, config.selection)
     most = most_fusions(len(free), decoder.longest_group if config.selection == "groups" else len(free))
-    (copy, fused), trials = search(limited, allowed, most, attempt)
-    budget = BudgetInfo(name, allowed, num_tokens, trials)
+    (copy, fused), tried = search(limited, allowed, most, attempt)
+    budget = BudgetInfo(name, allowed, num_tokens, tried)
     return copy, fused, budget, measured
 
 
 def search(
-    limited: Figure, allowed: float, most: int, attempt: Callable[[int], tuple[BudgetTrial, T]]
-) -> tuple[T, list[BudgetTrial]]:
-    """The result with the most fusions that the budget allows, and all trials. Raises ValueError if it allows none.
+    limited: Figure, allowed: float, most: int, attempt: Callable[[int], tuple[float, T]]
+) -> tuple[T, dict[int, float]]:
+    """The result with the most fusions that the budget allows, and what each number that was tried costs.
 
     The figure `limited` may be `allowed`, and the model allows `most` fusions. `attempt` fuses a copy of the model so
-    many times, and gives what that costs, and the result.
+    many times, and gives what that costs, and the result. Raises ValueError if the budget allows no fusion.
     """
-    trials: list[BudgetTrial] = []
+    costs: dict[int, float] = {}
     best: T | None = None
     low, high = 0, most + 1  # what is allowed, and what is not
     while high - low > 1:
-        count = _next_count(trials, limited, allowed, low, high)
+        count = _next_count(costs, limited, allowed, low, high)
         result = None
         try:
-            trial, result = attempt(count)
+            costs[count], result = attempt(count)
         except ValueError as error:
             if count == 1:
                 raise
             logger.warning(f"{count} fusions cannot be made ({reason(error)}); fewer are tried.")
-            trial = BudgetTrial(count, math.inf)
-        trials.append(trial)
-        if trial.cost <= allowed:
+            costs[count] = math.inf
+        if costs[count] <= allowed:
             best, low = result, count
         else:
             high = count
         del result  # makes room for the next
     if best is None:
-        raise ValueError(f"{limited.limit}={allowed:g} allows no fusion: with 1 it is {trials[-1].cost:.4g}; raise it.")
-    return best, trials
+        raise ValueError(f"{limited.limit}={allowed:g} allows no fusion: with 1 it is {costs[1]:.4g}; raise it.")
+    return best, costs
 
 
-def _next_count(trials: Sequence[BudgetTrial], limited: Figure, allowed: float, low: int, high: int) -> int:
+def _next_count(tried: Mapping[int, float], limited: Figure, allowed: float, low: int, high: int) -> int:
     """How many fusions to try next between one number that is allowed and one that is not.
 
     Costs grow about as a power of the number, estimated from the trials next to the bounds. If a few such guesses
     do not suffice, the range is halved.
     """
-    if not trials:
+    if not tried:
         return max(1, high // 8)
 
     def growing(cost: float) -> float:  # a perplexity ratio is the exponential of something like a divergence
-        return math.log(cost) if limited.is_ratio and cost > 0 else cost
+        return math.log(cost) if limited.change == "times" and cost > 0 else cost
 
-    costs = {trial.num_fusions: growing(trial.cost) for trial in trials}
+    costs = {count: growing(cost) for count, cost in tried.items()}
     points = [(math.log(count), math.log(cost)) for count, cost in costs.items() if 0 < cost < math.inf]
-    if len(trials) >= _GUESSES or not points:
+    if len(tried) >= _GUESSES or not points:
         return (low + high) // 2
     points.sort(key=lambda point: abs(point[0] - math.log(max(1, low))))
     log_count, log_cost = points[0]

@@ -233,26 +233,17 @@ class GroupCost:
 
 
 @dataclass(frozen=True)
-class BudgetTrial:
-    """What a fusion costs on text that nothing was fitted to: the figure that is limited."""
-
-    num_fusions: int
-    cost: float
-
-
-@dataclass(frozen=True)
 class BudgetInfo:
-    """The budget of a fusion, and what was tried for it, on `tokens` tokens of calibration text."""
+    """The budget of a fusion, and what each number of fusions that was tried costs, on so many tokens kept aside."""
 
     name: str
     allowed: float
     tokens: int
-    tried: list[BudgetTrial]
+    tried: dict[int, float]
 
     def summary(self) -> str:
         """One sentence: what was allowed and measured."""
-        tried = sorted(self.tried, key=lambda trial: trial.num_fusions)
-        costs = ", ".join(f"{trial.cost:.4g} with {trial.num_fusions}" for trial in tried)
+        costs = ", ".join(f"{cost:.4g} with {count}" for count, cost in sorted(self.tried.items()))
         aside = f"{self.tokens:,} tokens of calibration text that were kept aside"
         return f"{self.name}={self.allowed:g} before any healing, on {aside}: {costs} fused."
 

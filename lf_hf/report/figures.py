@@ -44,11 +44,6 @@ class Figure:
     dense: float | None = None
     limit: str = ""
 
-    @property
-    def is_ratio(self) -> bool:
-        """Whether it is compared with the base's as so many times that."""
-        return self.change == "times"
-
 
 def _loss(log_probs: Tensor, _: Tensor, next_ids: Tensor) -> Tensor:
     return -log_probs.gather(-1, next_ids[:, None])[:, 0]

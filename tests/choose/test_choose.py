@@ -27,7 +27,6 @@ from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import fuse
 from lf_hf.refit.fit import fit_group
-from lf_hf.report.data import BudgetTrial
 from lf_hf.report.figures import FIGURES
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.packing import split_held_out
@@ -281,18 +280,17 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     smallest, everything = fused(config)
     most = 5 if config.selection == "last" else 3
     assert everything.layers_after == len(smallest.model.layers) == 6 - most
-    allowed = 1.1 if "ratio" in level else everything.budget.tried[-1].cost / 2
+    allowed = 1.1 if "ratio" in level else everything.budget.tried[most] / 2
     model, report = fused(FusionConfig(**given | {level: allowed}))
     text: Any = measured.text
     aside, _ = split_held_out(text.given, max(1, len(text.given) // 8))
     (expected, before), (found, after) = predicted(dense, aside), predicted(model, aside)
-    at = {trial.num_fusions: trial for trial in report.budget.tried}
     number = report.layers_before - report.layers_after
     assert report.budget.tokens == sum(map(len, aside))
     assert report.calibration[-1].tokens + report.budget.tokens == text.source.tokens  # nothing is fitted to the latter
     cost = math.exp(after - before) if "ratio" in level else divergence(expected, found)
-    assert at[number].cost == pytest.approx(cost, rel=1e-3)
-    assert at[number].cost <= allowed < at[number + 1].cost
+    assert report.budget.tried[number] == pytest.approx(cost, rel=1e-3)
+    assert report.budget.tried[number] <= allowed < report.budget.tried[number + 1]
     assert report.config[level] == allowed and report.config["num_fusions"] is None
     assert f"{level}={allowed:g} before any healing, on" in report.summary()
     assert FusionReport.from_dict(report.to_dict()) == report
@@ -337,10 +335,10 @@ def test_a_few_trials_find_the_last_number_that_is_allowed(growth: list[float], 
     costs = list(itertools.accumulate(growth))  # of 1, 2, ... fusions
     assume(costs[0] <= allowed)
 
-    def attempt(count: int) -> tuple[BudgetTrial, int]:
+    def attempt(count: int) -> tuple[float, int]:
         if costs[count - 1] == math.inf:
             raise ValueError("So many cannot be made.")
-        return BudgetTrial(count, costs[count - 1]), count
+        return costs[count - 1], count
 
     found, tried = search(DIVERGENCE, allowed, len(costs), attempt)
     assert found == sum(cost <= allowed for cost in costs)
@@ -348,10 +346,10 @@ def test_a_few_trials_find_the_last_number_that_is_allowed(growth: list[float], 
 
 
 def test_why_more_layers_cannot_be_fused_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    def attempt(count: int) -> tuple[BudgetTrial, str]:
+    def attempt(count: int) -> tuple[float, str]:
         if count > 1:
             raise ValueError("The fit is not stable.")
-        return BudgetTrial(count, 0.1), "fused"
+        return 0.1, "fused"
 
     assert search(DIVERGENCE, 1.0, 4, attempt)[0] == "fused"
     assert "fusions cannot be made (The fit is not stable); fewer are tried." in caplog.text

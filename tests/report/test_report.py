@@ -35,7 +35,7 @@ from lf_hf.checkpoint.card import model_card
 from lf_hf.cli import main
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
-from lf_hf.report.data import BudgetInfo, BudgetTrial, Continuation, FusedLayer, PerplexityInfo, Rate, SpeedInfo
+from lf_hf.report.data import BudgetInfo, Continuation, FusedLayer, PerplexityInfo, Rate, SpeedInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.page import report_figures, write_page
 from lf_hf.report.report import CHANGED_NOTE, published_name
@@ -93,7 +93,7 @@ JUDGED = make_judged("docs", "some documentation", 10.0, 12.5, 0.25, 0.875)
 SPEED = SpeedInfo(
     "a CPU", "float32", 512, 128, Rate(50.0, 75.0, 1.5, 1.4, 1.6), Rate(5.0, 6.0, 1.2, 1.1, 1.3), [9, 8], [4, 3], 7
 )
-BUDGET = BudgetInfo("max_divergence", 0.5, 1000, [BudgetTrial(3, 0.25), BudgetTrial(4, math.inf)])
+BUDGET = BudgetInfo("max_divergence", 0.5, 1000, {3: 0.25, 4: math.inf})
 REPORTS = {
     "averaged": small_report(
         base="owner/model",
