@@ -18,8 +18,8 @@ import click
 import lf_hf
 from lf_hf.checkpoint.base import DTYPES, Base
 from lf_hf.checkpoint.weights import weights_size
-from lf_hf.inputs.fusion import FusionInputs
-from lf_hf.inputs.healing import HealInputs
+from lf_hf.pipeline.fusion import FusionInputs
+from lf_hf.pipeline.healing import HealInputs
 from lf_hf.report.report import PAGE_NAME, FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.runtime.launch import OtherProcessError, local_rank, rank, speaks
@@ -167,7 +167,7 @@ def fuse(base: str, out: str, overwrite: bool, dry_run: bool, **given: Any) -> N
         config = FusionConfig(**settings)
     opened = Base.open(base, others)
     if dry_run:
-        from lf_hf.inputs.dry_run import plan_fusion
+        from lf_hf.pipeline.dry_run import plan_fusion
 
         inputs = FusionInputs.open(opened, config, calibration, None, {})
         show(_with_options(plan_fusion(inputs, out, overwrite=overwrite).summary()))
@@ -214,7 +214,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], overwrite: bool, dry_run: b
         healing, training_args = HealSettings(**settings), parse_training_arguments(arg)
     base, text = others.pop("base", None), others.pop("text", None)
     if dry_run:
-        from lf_hf.inputs.dry_run import plan_heal
+        from lf_hf.pipeline.dry_run import plan_heal
 
         inputs = HealInputs.open(fused, base, text, healing, training_args, others)
         show(_with_options(plan_heal(inputs, out, overwrite=overwrite).summary()))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
@@ -19,9 +19,8 @@ from lf_hf.checkpoint.classes import FusedForCausalLM, Model
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
 from lf_hf.checkpoint.identity import JUDGING, why_not_reused
 from lf_hf.checkpoint.saving import checked_folder
-from lf_hf.inputs.fusion import FusionInputs
-from lf_hf.inputs.healing import HealInputs
-from lf_hf.inputs.planning import plan_run
+from lf_hf.pipeline.fusion import FusionInputs
+from lf_hf.pipeline.healing import HealInputs
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import compute_once, num_processes
 from lf_hf.settings import FusionConfig, HealSettings
@@ -119,33 +118,30 @@ def from_pretrained_fused(
         return _kept_in(folder, inputs)
     if num_processes() > 1:
         raise ValueError("One process of a launch fuses, and the others load what it made: give fused_dir, where to.")
-    from lf_hf import pipeline  # imports scipy, which loading does not need
+    from lf_hf.pipeline import planning, run  # import scipy, which loading does not need
 
     if inputs.config.healing is None:
-        return pipeline.fuse_base(inputs, inputs.check())
-    scratch = Path(tempfile.mkdtemp())
-    try:
-        device = pipeline.make_result(inputs, scratch, overwrite=False)
+        return run.fuse_base(inputs, planning.fusion_plan(inputs))
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)))
+        device = run.make_result(inputs, scratch, overwrite=False)
         is_on_card = device is not None and device.type != "cpu"
         model = inputs.load_made(scratch, device if is_on_card else None)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        weakref.finalize(model, stack.pop_all().close)  # where weights may lie
     model.name_or_path = model.config._name_or_path = ""
-    weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)  # where weights may lie
     return model
 
 
 def _kept_in(folder: Path, inputs: FusionInputs) -> FusedForCausalLM:
     """Load what one of several runs fused and kept in a folder, or fuse it and keep it there."""
+    from lf_hf.pipeline import planning, run
+
     reason = compute_once(lambda: why_not_reused(folder, inputs.identity))
     if reason is not None:
-        from lf_hf import pipeline
-
         if (folder / REPORT_NAME).is_file():
             logger.warning(f"{reason} Fusing, to replace it.")
-        pipeline.make_result(inputs, folder, overwrite=True, wait=True)
-    plan = plan_run(inputs.base, FusionConfig(1, "truncate", perplexity_tokens=0), None)
+        run.make_result(inputs, folder, overwrite=True, wait=True)
+    plan = planning.plan_run(inputs.base, FusionConfig(1, "truncate", perplexity_tokens=0), None)
     model = inputs.load_made(folder, plan.place)
     report, asked = model.report, inputs.config.to_dict()
     judged_with = [f"{name}={report.config[name]}" for name in JUDGING if report.config[name] != asked[name]]
@@ -196,13 +192,13 @@ def fuse_checkpoint(
     OSError
         If another process is at work there, or if files cannot be written.
     """
-    from lf_hf import pipeline
+    from lf_hf.pipeline import run
 
     folder = checked_folder(out)
     if config is None:
         kwargs = {"method": "healed"} | kwargs
     inputs = FusionInputs.open(base, config, calibration, tokenizer, kwargs)
-    pipeline.make_result(inputs, folder, overwrite=overwrite)
+    run.make_result(inputs, folder, overwrite=overwrite)
     return compute_once(lambda: FusionReport.load(folder))
 
 
@@ -255,9 +251,9 @@ def heal(
     OSError
         If another process is at work in that folder, or if files cannot be written.
     """
-    from lf_hf import pipeline
+    from lf_hf.pipeline import run
 
     folder = checked_folder(out)
     inputs = HealInputs.open(fused, base, text, settings, training_args, kwargs)
-    pipeline.heal_result(inputs, folder, overwrite=overwrite)
+    run.heal_result(inputs, folder, overwrite=overwrite)
     return compute_once(lambda: FusionReport.load(folder))

@@ -57,8 +57,9 @@ from random_checkpoint import add_shape, llama_config, write_checkpoint
 from transformers import LlamaConfig
 
 from lf_hf import FusionConfig, fuse_checkpoint
-from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.measure import speed
+from lf_hf.pipeline.fusion import FusionInputs
+from lf_hf.pipeline.planning import fusion_plan
 from lf_hf.plan.plan import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +104,7 @@ def fused(base: str, options: argparse.Namespace, method: str, selection: str, p
     if method == "healed":
         given["heal_tokens"] = options.heal_tokens
     where = {"device_map": options.device, "max_memory": places}
-    plan = FusionInputs.open(base, FusionConfig(**given), None, None, dict(where)).check()
+    plan = fusion_plan(FusionInputs.open(base, FusionConfig(**given), None, None, dict(where)))
     with tempfile.TemporaryDirectory(dir=Path(base).parent) as out:
         report = fuse_checkpoint(base, out, **given, **where)
     figures: Figures = {"groups": [sorted(group) for group in report.groups], "planned": plan.peak}

@@ -40,16 +40,16 @@ from transformers.utils import logging
 from lf_hf import FusionConfig, HealSettings
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
-from lf_hf.checkpoint.saving import write_whole
+from lf_hf.checkpoint.saving import FUSED, write_whole
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import MODEL_TYPES, CausalLM, family_of
 from lf_hf.families.table import FAMILIES
-from lf_hf.inputs.fusion import for_model
-from lf_hf.inputs.healing import HealInputs
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.measure.predictions import final_states, predictions
-from lf_hf.pipeline import FUSED, fuse, heal_fused
+from lf_hf.pipeline.fusion import for_model
+from lf_hf.pipeline.healing import HealInputs
+from lf_hf.pipeline.run import fuse, heal_fused
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import mid_state, written_by
 from lf_hf.refit.regression import Regression

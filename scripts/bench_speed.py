@@ -45,14 +45,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
-from lf_hf import FusionConfig, fuse_checkpoint, pipeline
+from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.choose.choice import choose
 from lf_hf.choose.methods import MAKING
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.inputs.fusion import Texts, for_model
 from lf_hf.measure.dense import Measurements, measure
+from lf_hf.pipeline import run
+from lf_hf.pipeline.fusion import Texts, for_model
 from lf_hf.settings import METHODS
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
@@ -63,7 +64,6 @@ from lf_hf.stages.similarity import entropy, layer_similarity, mutual_informatio
 from lf_hf.text.calibration import (
     documentation_halves,
     load_calibration,
-    load_corpus,
 )
 from lf_hf.text.packing import tokenize_samples
 from lf_hf.text.sources import TextSource
@@ -286,7 +286,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource | None) -> No
     tokenizer = opened.tokenizer()
     decoder = Decoder(opened.load())
     config = for_model(config, opened.config)
-    samples, corpus = Texts.load([config], calibration, tokenizer)
+    samples, corpus, training_text = Texts.load([config], calibration, tokenizer)
     text = timed(partial(measure, decoder, tokenizer, config, samples, corpus))
     measured = text.result
     assert measured.text is not None
@@ -295,8 +295,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource | None) -> No
     groups = choosing.result.groups
     making = timed(lambda: list(MAKING[config.method].make(decoder, groups, config, measured)))
     parts: dict[str, Cost[Any]] = {"forward pass": forward, "text": text, "choosing": choosing, "making": making}
-    if config.heal_tokens:
-        training_text = load_corpus(calibration, max_tokens=config.heal_tokens, to_train=True, tokenizer=tokenizer)
+    if training_text is not None:
         fused = cut_short(opened, config.num_fusions, measured)
         parts["healing"] = timed(partial(heal, fused, opened, tokenizer, training_text, config.heal_tokens))
     tokens = measured.text.source.tokens
@@ -318,7 +317,7 @@ def cut_short(base: Base, num_fusions: int, measured: Measurements) -> FusedForC
     model = base.load()
     tokenizer = base.tokenizer()
     config = FusionConfig(num_fusions, "truncate", perplexity_tokens=0)
-    report = pipeline.fuse(Decoder(model), tokenizer, config, measured, base=base.name)
+    report = run.fuse(Decoder(model), tokenizer, config, measured, base=base.name)
     return fused_class(base.config).adopt(model, report, tokenizer)
 
 
@@ -350,7 +349,7 @@ def one_by_one(
     evaluation, opened = lm_eval.Evaluation(TASKS), Base.open(base, {})
     configs = [for_model(FusionConfig(level, method, **SWEPT), opened.config) for level in levels for method in methods]
     tokenizer, dense = opened.tokenizer(), opened.load()
-    samples, text = Texts.load(configs, f"{folder}/text.txt", tokenizer)
+    samples, text, _ = Texts.load(configs, f"{folder}/text.txt", tokenizer)
     measured = measure(Decoder(dense), tokenizer, configs[0], samples, text)
     evaluation.scores(dense, tokenizer)
     del dense
@@ -358,7 +357,7 @@ def one_by_one(
     for config in configs:
         model = opened.load()
         decoder = Decoder(model)
-        report = pipeline.fuse(decoder, tokenizer, config, measured, base=base)
+        report = run.fuse(decoder, tokenizer, config, measured, base=base)
         found.append(
             ({judged.name: judged.figures for judged in report.perplexities}, evaluation.scores(model, tokenizer))
         )

@@ -28,8 +28,8 @@ from lf_hf.choose.choice import try_sets
 from lf_hf.choose.costs import GroupCosts, split_text
 from lf_hf.choose.methods import MAKING
 from lf_hf.decoder.decoder import Decoder, Groups
-from lf_hf.inputs.fusion import for_model
 from lf_hf.measure.dense import Measurements, measure
+from lf_hf.pipeline.fusion import for_model
 from lf_hf.runtime.amounts import num_rough_tokens, num_trials
 from lf_hf.text.calibration import load_calibration, load_corpus
 from lf_hf.text.judging import judging_texts

@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from lf_hf import FusionConfig
-from lf_hf.inputs.fusion import for_model
-from lf_hf.inputs.phases import plan_phases
+from lf_hf.pipeline.fusion import for_model
+from lf_hf.pipeline.planning import plan_phases
 from lf_hf.plan.machine import Machine
 from lf_hf.plan.plan import NoRoom
 from lf_hf.runtime.memory import in_gib

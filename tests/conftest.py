@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.inputs.dry_run import DryRun, plan_fusion
-from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.measure import judge, speed
+from lf_hf.pipeline.dry_run import DryRun, plan_fusion
+from lf_hf.pipeline.fusion import FusionInputs
 
 
 def open_file(fd: Any) -> None:

@@ -25,12 +25,12 @@ from conftest import make_llama, make_texts, same, save_base, tensors
 from tqdm import tqdm
 from transformers import Trainer
 
-from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint, pipeline
-from lf_hf.checkpoint.saving import WORK
+from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+from lf_hf.checkpoint.saving import TRAINING, WORK
 from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.healing.teacher import TRAINING
+from lf_hf.pipeline import run
 
 
 class Answers:
@@ -143,7 +143,7 @@ def points_in(out: Path) -> list[dict[str, Any]]:
 
 def fuse_at_once(fuse: Callable[[], Any], out: Path) -> None:
     """Of two processes that start at once one fuses, and the other waits and takes what that one made."""
-    fusions, real = out.parent / "fusions", pipeline.fuse
+    fusions, real = out.parent / "fusions", run.fuse
     fusions.mkdir()
 
     def slow(*given: Any, **named: Any) -> FusionReport:
@@ -151,7 +151,7 @@ def fuse_at_once(fuse: Callable[[], Any], out: Path) -> None:
         time.sleep(0.5)
         return real(*given, **named)
 
-    with patch.object(pipeline, "fuse", slow):
+    with patch.object(run, "fuse", slow):
         assert all(map(is_done, [start(fuse) for _ in range(2)]))
     assert len(list(fusions.iterdir())) == 1
 

@@ -21,7 +21,7 @@ from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import PROJECTIONS
 from lf_hf.measure.dense import tokenize_corpus
-from lf_hf.pipeline import fuse
+from lf_hf.pipeline.run import fuse
 from lf_hf.runtime.amounts import WRITTEN_LENGTH
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lf_hf import FusionConfig, HealSettings, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
-from lf_hf.inputs.dry_run import DryRun
-from lf_hf.inputs.phases import plan_phases
+from lf_hf.pipeline.dry_run import DryRun
+from lf_hf.pipeline.planning import plan_phases
 from lf_hf.plan.machine import Machine, read_max_memory
 from lf_hf.plan.plan import NoRoom, Plan
 from lf_hf.plan.probe import probe
@@ -73,7 +73,7 @@ def test_a_budget_has_a_plan_for_one_fusion(base: str, method: str) -> None:
 def test_it_reads_no_weights_and_each_text_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a base on the hub it would have to fetch them to know what they hold."""
     monkeypatch.setattr(Base, "content_files", None)
-    monkeypatch.setattr("lf_hf.inputs.fusion.load_corpus", loading := Mock(wraps=load_corpus))
+    monkeypatch.setattr("lf_hf.pipeline.fusion.load_corpus", loading := Mock(wraps=load_corpus))
     config = FusionConfig(1, "truncate", heal_tokens=2048)
     assert "healing: on" in dry_run(base, config, out=tmp_path, calibration=make_texts(200)).summary()
     assert loading.call_count == 1
@@ -304,7 +304,7 @@ def test_memory_that_runs_out_all_the_same_is_said_with_what_to_plan_with(
     where: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran_out = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setattr(f"lf_hf.pipeline.{where}", Mock(side_effect=ran_out))
+    monkeypatch.setattr(f"lf_hf.pipeline.run.{where}", Mock(side_effect=ran_out))
     given: dict[str, Any] = {"num_fusions": 1, "calibration": make_texts(200), "perplexity_tokens": 0}
     with pytest.raises(MemoryError, match=r"Memory ran out on cpu, .* Give max_memory=cpu=") as failed:
         fuse_checkpoint(base, tmp_path / "out", **given, method="truncate", heal_tokens=2048)
@@ -381,7 +381,7 @@ def test_a_cpu_beside_a_card_trains_as_a_cpu_does(monkeypatch: pytest.MonkeyPatc
 
 def test_healing_takes_the_first_card_alone(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     second = Machine({"cuda:1": 80 * GIB, "cpu": 64 * GIB}, bfloat16=True)
-    monkeypatch.setattr("lf_hf.inputs.planning.Machine", SimpleNamespace(here=lambda *_: second))
+    monkeypatch.setattr("lf_hf.pipeline.planning.Machine", SimpleNamespace(here=lambda *_: second))
     with pytest.raises(ValueError, match="Healing trains on cuda:0, not on cuda:1; hide the others, and give cuda"):
         dry_run(base, FusionConfig(1, "healed"), calibration=make_texts(100), max_memory="cuda:1=80GiB,cpu=64GiB")
 

@@ -38,10 +38,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import lf_hf
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint, pipeline
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.saving import WORK, locked_folder
 from lf_hf.evaluate.points import RESULTS
 from lf_hf.evaluate.sweep import sweep
+from lf_hf.pipeline.run import fuse
 from lf_hf.report.report import CHANGED_NOTE
 
 
@@ -334,7 +335,7 @@ def test_other_results_are_left_alone(content: bytes, base: str, arguments: dict
 @pytest.fixture
 def fusions(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """Counts them."""
-    monkeypatch.setattr(pipeline, "fuse", counted := Mock(wraps=pipeline.fuse))
+    monkeypatch.setattr("lf_hf.pipeline.run.fuse", counted := Mock(wraps=fuse))
     return counted
 
 

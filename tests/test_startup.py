@@ -90,7 +90,7 @@ def test_an_editable_install_serves_from_its_checkout_and_where_lm_eval_is_impor
 
 def test_a_wheel_has_all_files(wheel_python: Path) -> None:
     """What compares no layers needs no scikit-learn, whose import takes 90 MB, with pandas and pyarrow."""
-    needs = "import sys, lf_hf.healing.heal, lf_hf.pipeline\nassert 'sklearn' not in sys.modules"
+    needs = "import sys, lf_hf.healing.heal, lf_hf.pipeline.run\nassert 'sklearn' not in sys.modules"
     package, tasks = map(Path, output(wheel_python, "-c", PLACES + needs).splitlines())
     assert wheel_python.parent.parent in package.parents and tasks == package.parent / "lm_eval_tasks"
     names, shipped = (
@@ -167,7 +167,7 @@ def test_the_bridge_adds_what_is_missing_and_never_raises(name: str, tmp_path: P
 
 # Each folder or module of lf_hf imports those before it alone.
 ORDER = "runtime settings families text decoder plan report checkpoint refit stages measure choose".split()
-ORDER += "healing inputs pipeline fuse __init__ evaluate cli".split()
+ORDER += "healing pipeline fuse __init__ evaluate cli".split()
 
 
 def imported(file: Path) -> set[str]:

@@ -14,9 +14,9 @@ from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model
 from lf_hf.families.table import FAMILIES, DecoderLayer, Weights
-from lf_hf.inputs.fusion import for_model
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
-from lf_hf.pipeline import fuse
+from lf_hf.pipeline.fusion import for_model
+from lf_hf.pipeline.run import fuse
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.traces import Traces, run_group, trace

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shutil
 import tempfile
-import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
@@ -40,14 +38,11 @@ from lf_hf.checkpoint.weights import (
     tensor_types,
     weight_files,
 )
-from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.placement import mend_offloading
 from lf_hf.families.models import MODEL_TYPES, is_wrapper, model_class, text_prefix, why_refused
 from lf_hf.families.table import FAMILIES
-from lf_hf.plan.machine import SPREAD
-from lf_hf.plan.plan import Plan
 from lf_hf.runtime.errors import explained, reason
-from lf_hf.runtime.launch import own_device
+from lf_hf.runtime.launch import SPREAD, own_device
 
 logger = logging.get_logger(__name__)
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
@@ -172,26 +167,6 @@ class Base:
         ):
             config = GenerationConfig.from_pretrained(self.name, **self.hub, **older)
             config.save_pretrained(scratch)  # as not all that can be read can be saved
-
-    def open_decoder(self, plan: Plan, scratch: Path | None = None) -> Decoder:
-        """The model by a plan, layer by layer; `scratch` is a folder for what the plan puts on a disk.
-
-        Without one that is in a folder for temporary files, which goes with the model.
-        """
-        placing: dict[str, Any] = {"device_map": plan.place, "max_memory": None}
-        folder = None
-        if plan.uses_disk:
-            folder = scratch or Path(tempfile.mkdtemp())
-            folder.mkdir(parents=True, exist_ok=True)
-            placing["offload_folder"] = self.loading.get("offload_folder", str(folder))
-        decoder = Decoder(self.load(**placing))
-        if folder is not None and scratch is None:
-            weakref.finalize(decoder.model, shutil.rmtree, folder, ignore_errors=True)
-        decoder.batch_bytes = plan.batch_bytes
-        decoder.resting_place = plan.states
-        decoder.scratch = folder
-        decoder.longest_group = plan.longest
-        return decoder
 
     def load(self, **placing: Any) -> PreTrainedModel:
         """The model, checked to be whole; arguments of `from_pretrained` take the place of the base's own.

@@ -27,8 +27,9 @@ from lf_hf.runtime.errors import explained
 
 WORK = ".lf_hf"
 """In the folder of a result: all that the run which makes it keeps on a disk."""
-SCRATCH = "scratch"
-"""In that: what a plan puts on the disk, as long as it is needed."""
+SCRATCH, FUSED, TEACHER, TRAINING = "scratch", "fused", "teacher", "training"
+"""In that: what a plan puts on the disk as long as it is needed; and of a healing the fused model, what was measured on
+its base, and states of the training."""
 LOGS = "runs"
 """In that of a training, and in a result: where the Trainer's loggers write."""
 _FOLDERS = ("additional_chat_templates", LOGS)  # of a result
@@ -118,19 +119,18 @@ def _goes_on(work: Path, made_of: Mapping[str, str]) -> bool:
 @contextmanager
 def run_folder(
     folder: Path, made_of: Mapping[str, str], *sources: Path | None, overwrite: bool, wait: bool = False
-) -> Iterator[FusionReport | None]:
+) -> Iterator[bool]:
     """Begin a run in the folder of its result, which is locked; what it keeps goes into `WORK` there.
 
-    Gives the report where an earlier run of the same was killed as it ended, and all is done now. What an earlier run
-    of the same left is there to go on from. Raises the errors of `check_target`.
+    Gives False where an earlier run of the same was killed as it ended, and all is done now. What an earlier run of the
+    same left is there to go on from. Raises the errors of `check_target`.
     """
     work = folder / WORK
     with locked_folder(folder, wait=wait):
         if (work / _RESULT).is_dir():
             _move_up(folder)
-            report = FusionReport.load(folder)
-            if report.fingerprints == made_of:
-                yield report
+            if FusionReport.load(folder).fingerprints == made_of:
+                yield False
                 return
         check_target(folder, lambda: made_of, *sources, overwrite=overwrite)
         if not _goes_on(work, made_of):
@@ -138,7 +138,7 @@ def run_folder(
         with writing(folder):
             (work / _MADE_OF).write_text(json.dumps(made_of), encoding="utf-8")
         try:
-            yield None
+            yield True
         finally:
             for name in (_WRITING, SCRATCH):
                 shutil.rmtree(work / name, ignore_errors=True)

@@ -10,30 +10,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lf_hf import pipeline
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
-from lf_hf.checkpoint.identity import files_digest, identity, identity_key, text_digest
-from lf_hf.checkpoint.saving import WORK, checked_folder, locked_folder, write_whole
+from lf_hf.checkpoint.identity import files_digest, identity, identity_key
+from lf_hf.checkpoint.saving import TRAINING, WORK, checked_folder, locked_folder, write_whole
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
-from lf_hf.healing.teacher import TRAINING
-from lf_hf.inputs.fusion import Texts, for_model
-from lf_hf.inputs.healing import HealInputs
-from lf_hf.inputs.planning import check_text_to_heal, following, plan_run
 from lf_hf.measure.dense import measure
+from lf_hf.pipeline import run
+from lf_hf.pipeline.fusion import Texts, for_model
+from lf_hf.pipeline.healing import HealInputs
+from lf_hf.pipeline.planning import following, open_decoder, plan_run
 from lf_hf.report.figures import dense_figures
 from lf_hf.report.report import versions
 from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
-from lf_hf.text.calibration import Corpus, load_corpus
 from lf_hf.text.sources import TextSource
 
 if TYPE_CHECKING:
@@ -103,11 +101,9 @@ def sweep(
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     tokenizer = opened.tokenizer()
-    healed = next((config.heal_tokens for config in configs if config.heal_tokens), None)
-    to_heal = healed and load_corpus(calibration, max_tokens=healed, to_train=True, tokenizer=tokenizer)
     texts = Texts.load(configs, calibration, tokenizer)
     work = folder / WORK / "sweep"
-    maker = _Maker(opened, tokenizer, configs, texts, to_heal or None, evaluation, work)
+    maker = _Maker(opened, tokenizer, configs, texts, evaluation, work)
     maker.check_healing()
     asked |= {"tasks": sorted(tasks), "limit": limit and float(limit)}  # a command line gives 20.0 for 20
     keys = maker.keys(json.dumps(asked, sort_keys=True))
@@ -163,19 +159,17 @@ class _Maker:
     tokenizer: PreTrainedTokenizerBase
     configs: list[FusionConfig]
     texts: Texts
-    to_heal: Corpus | None
     evaluation: Evaluation
     work: Path  # folder for what is fused, until it is healed, and for what healings need of the base
 
     def check_healing(self) -> None:
         """Raise ValueError if healed points cannot be made here."""
-        if self.to_heal is None:
+        if self.texts.to_heal is None:
             return
         # The fusion whose healing takes most has the most layers left.
         most = min((config for config in self.configs if config.heal_tokens), key=lambda config: config.num_fusions)
-        plan = plan_run(self.base, most, self._healing, healing=most.healing).healing
-        assert plan is not None
-        check_text_to_heal(self.tokenizer, self.to_heal, plan.settings, self.base)
+        text = self.tokenizer, self.texts.to_heal
+        plan_run(self.base, most, self._healing, healing=most.healing, text=text)
 
     def keys(self, evaluation: str) -> _Keys:
         """What identifies the results of each model."""
@@ -184,9 +178,7 @@ class _Maker:
         judged = {"perplexity_tokens": self.configs[0].perplexity_tokens}
         keys: _Keys = {None: identity_key(identity(base, judged, "", **others))[:_KEY]}
         for config in self.configs:
-            used = [*self.texts.used_by(config), self.to_heal if config.heal_tokens else None]
-            texts = chain(*(text.texts for text in used if text))
-            text = text_digest(texts, self.tokenizer)
+            text = self.texts.used_by(config).digest(self.tokenizer)
             made_of = identity(base, config.in_effect(), text, **others)
             keys[config] = identity_key(made_of)[:_KEY]
         return keys
@@ -205,8 +197,9 @@ class _Maker:
         most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
         plan = replace(plan_run(self.base, most, None), minutes=None)  # those of one fusion
         with following(plan):
-            decoder = self.base.open_decoder(plan)
-            measured = measure(decoder, self.tokenizer, self.configs[0], *self.texts.used_by(*fusions))
+            decoder = open_decoder(self.base, plan)
+            samples, text, _ = self.texts.used_by(*fusions)
+            measured = measure(decoder, self.tokenizer, self.configs[0], samples, text)
             measured.kept.averages = {}  # for higher levels to go on from
             self._parameters, self._seconds = measured.parameters, sum(measured.seconds.values())
             if None in missing:
@@ -215,7 +208,7 @@ class _Maker:
                 yield self._evaluate(missing[None], DENSE, decoder.model, texts, speedups)
             for fusion in dict.fromkeys(config.unhealed for config in fusions):
                 copy, model_class = decoder.copy(), fused_class(self.base.config)  # which shares its tensors
-                model = pipeline.fuse_measured(self.base, copy, self.tokenizer, fusion, measured, model_class)
+                model = run.fuse_measured(self.base, copy, self.tokenizer, fusion, measured, model_class)
                 for config in (config for config in fusions if config.unhealed == fusion):
                     if config.heal_tokens:
                         model.remember(replace(model.report, config=config.to_dict()))
@@ -230,10 +223,10 @@ class _Maker:
 
     def _healed_point(self, key: str, config: FusionConfig) -> Point:
         """The point of a healed fusion, of which nothing stays on the disk."""
-        assert self.to_heal is not None and config.healing is not None
+        assert self.texts.to_heal is not None and config.healing is not None
         fused = self.work / WORK / key
-        inputs = HealInputs.of(fused, self.base, self.tokenizer, self.to_heal, config.healing)
-        point = self._fused_point(key, config, pipeline.heal_fused(inputs, self._healing))
+        inputs = HealInputs.of(fused, self.base, self.tokenizer, self.texts.to_heal, config.healing)
+        point = self._fused_point(key, config, run.heal_fused(inputs, self._healing))
         for made in (fused, self._healing / WORK / TRAINING):
             shutil.rmtree(made)
         return point
@@ -247,7 +240,8 @@ class _Maker:
         texts = {text.name: text.figures for text in report.perplexities}
         point = self._evaluate(key, method, model, texts, speedups)
         point.seconds["fusing"] = sum(report.seconds.values()) - self._seconds
-        sources = dict.fromkeys(text.source for text in self.texts.used_by(config) if text)
+        samples, text, _ = self.texts.used_by(config)
+        sources = dict.fromkeys(used.source for used in (samples, text) if used)
         return replace(point, config=report.config, notes=report.all_notes, calibration="; ".join(sources))
 
     def _evaluate(

@@ -31,8 +31,6 @@ from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
 from lf_hf.settings import HealSettings
 from lf_hf.text.calibration import WRITTEN_SHARE, Corpus
 
-TEACHER, TRAINING = "teacher", "training"
-"""Folders in that of a run: the teacher, and states of the training."""
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden)."""
 _TOKENS_TOGETHER = 1 << 17  # tokens that pass the base's layers at a time

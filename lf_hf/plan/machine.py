@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 
-from lf_hf.runtime.launch import local_processes, num_processes, own_device
+from lf_hf.runtime.launch import SPREAD, local_processes, num_processes, own_device
 from lf_hf.runtime.memory import free_memory
 from lf_hf.runtime.numerics import accelerator, computes_bfloat16
 
 PYTHON, _OF_TOKENIZER = 13 << 26, 512  # bytes that Python takes with all libraries, and a token of the vocabulary
 CONTEXT = 1 << 30
 """Bytes of a card for its kernels and the workspaces of its libraries."""
-SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Device maps that spread a model over all devices."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for one that works alone; a launcher ends them at once when that one has ended."""
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that spread a model over all devices."""
 
 
 class OtherProcessError(RuntimeError):

@@ -40,8 +40,9 @@ from transformers import DefaultFlowCallback, PreTrainedModel
 from lf_hf import fuse_checkpoint, heal
 from lf_hf.checkpoint.base import Base
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.inputs.fusion import FusionInputs
-from lf_hf.inputs.healing import HealInputs
+from lf_hf.pipeline.fusion import FusionInputs
+from lf_hf.pipeline.healing import HealInputs
+from lf_hf.pipeline.planning import fusion_plan, healing_plan
 from lf_hf.plan.machine import CONTEXT
 from lf_hf.plan.plan import NoRoom, Plan
 from lf_hf.refit.layer_parts import build_layer
@@ -209,15 +210,15 @@ def trainings(_: dict[str, str]) -> list[Figures]:
     long: dict[str, Any] = {"num_hidden_layers": 9, "max_position_embeddings": 1024, "num_key_value_heads": 4}
     of_one: dict[str, Any] = dict.fromkeys(("tokens", "length", "batch_tokens"), 1024)  # one step of one sequence
     settings = of_one | {"text": make_texts(200), "device_map": "cuda"}
-    free, check, found = 80 << 30, HealInputs.check, list[Figures]()
+    free, found = 80 << 30, list[Figures]()
 
     def noted(inputs: HealInputs, folder: Path) -> Plan:
-        plan = check(inputs, folder)
+        plan = healing_plan(inputs, folder)
         CARDS.set_capacity(free - CONTEXT)
         found.append({"why": plan.healing and plan.healing.why, "planned": plan.peak["cuda:0"] - CONTEXT})
         return plan
 
-    with tempfile.TemporaryDirectory() as scratch, patch.object(HealInputs, "check", noted):
+    with tempfile.TemporaryDirectory() as scratch, patch("lf_hf.pipeline.run.healing_plan", noted):
         base = save_base(Path(scratch, "base"), tiny_model("llama", **long).bfloat16())
         fused = Path(scratch, "fused")
         fuse_checkpoint(base, fused, num_fusions=1, method="truncate", perplexity_tokens=128, speed=False)
@@ -251,14 +252,14 @@ def fused(case: Case, base: str, waits: Waits) -> Figures:
     say."""
     CARDS.count = 2 if case.placement == "on two cards" else 1
     found: Figures = {}
-    plans, check, capacity, placement = [], FusionInputs.check, CARDS.capacity(), placed(case, base)
+    plans, capacity, placement = [], CARDS.capacity(), placed(case, base)
 
     def noted(inputs: FusionInputs, folder: Path | None = None) -> Plan:
-        plans.append(check(inputs, folder))
+        plans.append(fusion_plan(inputs, folder))
         CARDS.set_capacity(plans[-1].machine.free["cuda:0"] - CONTEXT)
         return plans[-1]
 
-    with CARDS.watch() as seen, patch.object(FusionInputs, "check", noted):
+    with CARDS.watch() as seen, patch("lf_hf.pipeline.run.fusion_plan", noted):
         found["error"] = error_of(lambda: found.update(outcome(case, base, **placement)))
     found |= {"waits": seen.waits, "weights_read": seen.weights_read, "capacity": CARDS.capacity()}
     CARDS.set_capacity(capacity)

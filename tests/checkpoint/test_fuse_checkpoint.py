@@ -50,7 +50,7 @@ def test_every_path_writes_the_same_tensors(
     base = make_base(**overrides)
     shutil.copytree(base, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
     make_llama(**overrides).save_pretrained(sharded, max_shard_size="40KB")
-    monkeypatch.setattr("lf_hf.pipeline.MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr("lf_hf.pipeline.run.MAX_SHARD_BYTES", 30_000)
     high_report = fuse(base, high, device_map=OUTER | LAYERS, **settings)
     low_report = fuse(sharded, low, **settings, **ON_DISK)
     assert min(len(list(folder.glob("model-*.safetensors"))) for folder in (low, sharded)) > 1

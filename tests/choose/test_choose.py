@@ -25,7 +25,7 @@ from lf_hf.choose.costs import GroupCosts, split_text
 from lf_hf.choose.sets import cheapest_sets, estimate_costs, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.measure.dense import Measurements, measure
-from lf_hf.pipeline import fuse
+from lf_hf.pipeline.run import fuse
 from lf_hf.refit.fit import fit_group
 from lf_hf.report.figures import FIGURES
 from lf_hf.text.calibration import Corpus

@@ -23,11 +23,11 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families import models
 from lf_hf.families.models import MODEL_TYPES, family_of, text_model
 from lf_hf.families.table import FAMILIES, PROJECTIONS, Family, attention_half, head_dim, mlp_half
-from lf_hf.inputs.fusion import for_model
 from lf_hf.measure.check import check_family_entry
 from lf_hf.measure.dense import measure
 from lf_hf.measure.generating import continue_prompts, generate
-from lf_hf.pipeline import fuse
+from lf_hf.pipeline.fusion import for_model
+from lf_hf.pipeline.run import fuse
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.settings import METHODS

@@ -31,17 +31,17 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, HealSettings
 from lf_hf.checkpoint.base import Base
-from lf_hf.checkpoint.saving import WORK
+from lf_hf.checkpoint.saving import TEACHER, TRAINING, WORK
 from lf_hf.cli import main, parse_training_arguments
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing import loss as module
 from lf_hf.healing import trainer
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
-from lf_hf.healing.teacher import TEACHER, TRAINING
 from lf_hf.healing.text import HELD_OUT, WRITTEN, WRITTEN_CHATS, healing_text, training_order
-from lf_hf.inputs.dry_run import plan_heal
-from lf_hf.inputs.healing import HealInputs
 from lf_hf.measure.judge import judge, judge_dense
+from lf_hf.pipeline.dry_run import plan_heal
+from lf_hf.pipeline.healing import HealInputs
+from lf_hf.pipeline.planning import healing_plan
 from lf_hf.report.report import CHANGED_NOTE
 from lf_hf.runtime.amounts import WRITTEN_LENGTH, WRITTEN_TOGETHER
 from lf_hf.text.calibration import DOCUMENTATION, QUESTIONS, Corpus
@@ -288,10 +288,10 @@ def test_what_is_not_to_be_trained_stays(heal: Heal, fused: Path, healed: Path, 
 def test_where_the_plan_says_so_activations_are_computed_twice_and_weights_become_the_same(
     heal: Heal, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes, forward, check = [], LlamaMLP.forward, HealInputs.check
+    passes, forward = [], LlamaMLP.forward
 
     def in_little_memory(inputs: HealInputs, out: Path) -> Any:
-        plan: Any = check(inputs, out)
+        plan: Any = healing_plan(inputs, out)
         return replace(plan, healing=replace(plan.healing, gradient_checkpointing=True, sequences=1))
 
     def counted(mlp: LlamaMLP, states: torch.Tensor) -> torch.Tensor:
@@ -300,7 +300,7 @@ def test_where_the_plan_says_so_activations_are_computed_twice_and_weights_becom
         return forward(mlp, states)
 
     monkeypatch.setattr(LlamaMLP, "forward", counted)
-    monkeypatch.setattr(HealInputs, "check", in_little_memory)
+    monkeypatch.setattr("lf_hf.pipeline.run.healing_plan", in_little_memory)
     report = heal()
     sequences = settings()["tokens"] // settings()["length"]
     assert passes == [1] * (2 * sequences * report.layers_after)
@@ -445,7 +445,7 @@ def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
             raise Killed
         return real(file, target)
 
-    monkeypatch.setattr("lf_hf.pipeline.fuse", None)
+    monkeypatch.setattr("lf_hf.pipeline.run.fuse", None)
     with patch.object(Path, "replace", die), pytest.raises(Killed):
         fuse(**FUSE)
     assert not (out / "config.json").exists()

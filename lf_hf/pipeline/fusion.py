@@ -18,22 +18,20 @@ from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_
 from lf_hf.checkpoint.identity import files_digest, identity, text_digest
 from lf_hf.families.models import family_of, free_layers, num_parameters
 from lf_hf.families.models import model_class as stock_class
-from lf_hf.inputs.healing import HealInputs
-from lf_hf.inputs.planning import check_text_to_heal, plan_run
-from lf_hf.plan.plan import Plan
+from lf_hf.pipeline.healing import HealInputs
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import CalibrationSamples, Corpus, load_calibration, load_corpus
-from lf_hf.text.packing import check_enough
 from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
 
 
 class Texts(NamedTuple):
-    """Samples to compare layers on and text to fit them to, as far as fusions need them."""
+    """Samples to compare layers on, text to fit them to, and text to heal on, as far as fusions need them."""
 
     samples: CalibrationSamples | None
     text: Corpus | None
+    to_heal: Corpus | None
 
     @classmethod
     def load(
@@ -43,7 +41,7 @@ class Texts(NamedTuple):
 
         Raises ValueError if `calibration` cannot be used, or has too few samples.
         """
-        samples, text = None, None
+        samples, text, to_heal = None, None, None
         for config in configs:
             if config.averages and samples is None:
                 count, length = config.samples_per_subject, config.sample_length
@@ -53,14 +51,21 @@ class Texts(NamedTuple):
                 config.check_num_samples(len(samples.texts))
             if config.needs_text and text is None:
                 text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
-        return cls(samples, text)
+            if config.heal_tokens and to_heal is None:
+                to_heal = load_corpus(calibration, max_tokens=config.heal_tokens, to_train=True, tokenizer=tokenizer)
+        return cls(samples, text, to_heal)
 
     def used_by(self, *configs: FusionConfig) -> Texts:
         """Those that any of some fusions uses."""
         return Texts(
             self.samples if any(config.averages for config in configs) else None,
             self.text if any(config.needs_text for config in configs) else None,
+            self.to_heal if any(config.heal_tokens for config in configs) else None,
         )
+
+    def digest(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """SHA-256 of all text, as a tokenizer reads it."""
+        return text_digest((text for used in self if used for text in used.texts), tokenizer)
 
 
 @dataclass(frozen=True)
@@ -111,34 +116,10 @@ class FusionInputs:
         """What this fusion is made of."""
         return Texts.load([self.config], self.calibration, self.tokenizer)
 
-    @cached_property
-    def healing_text(self) -> Corpus | None:
-        """What the healing that follows trains on, if one does."""
-        if not self.config.heal_tokens:
-            return None
-        return load_corpus(
-            self.calibration, max_tokens=self.config.heal_tokens, to_train=True, tokenizer=self.tokenizer
-        )
-
-    def check(self, folder: Path | None = None) -> Plan:
-        """The plan of this fusion, and of the healing that follows.
-
-        Raises ValueError, before weights are read, if there is too little text or memory, and OSError if the disk of
-        `folder`, where the result goes, has too little room for it and for what lies there meanwhile.
-        """
-        base, config = self.base, self.config
-        if self.texts.text is not None:
-            length = min(config.calibration_length, base.text_config.max_position_embeddings)
-            check_enough(self.tokenizer, self.texts.text, length, base.text_config.vocab_size)
-        plan = plan_run(base, config, folder, healing=config.healing)
-        if self.healing_text is not None and plan.healing is not None:
-            check_text_to_heal(self.tokenizer, self.healing_text, plan.healing.settings, base)
-        return plan
-
     def to_heal(self, folder: Path) -> HealInputs:
         """What the healing of the fused model in a folder is made of."""
-        assert self.healing_text is not None and self.config.healing is not None
-        return HealInputs.of(folder, self.base, self.tokenizer, self.healing_text, self.config.healing)
+        assert self.texts.to_heal is not None and self.config.healing is not None
+        return HealInputs.of(folder, self.base, self.tokenizer, self.texts.to_heal, self.config.healing)
 
     def load_made(self, folder: Path, device_map: Any) -> FusedForCausalLM:
         """What was made of the base and kept in a folder."""
@@ -150,11 +131,13 @@ class FusionInputs:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Identity of this fusion and of the healing that may follow it."""
-        used = [source for source in (*self.texts, self.healing_text) if source is not None]
-        texts = [text for source in used for text in source.texts]
-        dtype = self.base.dtype or self.base.config.dtype
-        read = text_digest(texts, self.tokenizer)
-        return identity(files_digest(self.base), self.config.in_effect(), read, dtype=dtype)
+        dtype, text = self.base.dtype or self.base.config.dtype, self.texts.digest(self.tokenizer)
+        return identity(files_digest(self.base), self.config.in_effect(), text, dtype=dtype)
+
+    @property
+    def sources(self) -> list[Path | None]:
+        """Folders that the run reads."""
+        return [self.base.folder]
 
 
 def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionConfig:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,19 +25,29 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.identity import why_not_reused
-from lf_hf.checkpoint.saving import LOGS, SCRATCH, WORK, run_folder, write_result, write_whole
+from lf_hf.checkpoint.saving import (
+    FUSED,
+    LOGS,
+    SCRATCH,
+    TEACHER,
+    TRAINING,
+    WORK,
+    run_folder,
+    write_result,
+    write_whole,
+)
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
 from lf_hf.choose.methods import MAKING
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.result import healed_report
-from lf_hf.healing.teacher import TEACHER, TRAINING, open_teacher, trained_by, write_teacher
-from lf_hf.inputs.fusion import FusionInputs
-from lf_hf.inputs.healing import HealInputs
-from lf_hf.inputs.planning import following
+from lf_hf.healing.teacher import open_teacher, trained_by, write_teacher
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge, judge_dense
 from lf_hf.measure.speed import with_speed
+from lf_hf.pipeline.fusion import FusionInputs
+from lf_hf.pipeline.healing import HealInputs
+from lf_hf.pipeline.planning import following, fusion_plan, healing_plan, open_decoder
 from lf_hf.plan.plan import Plan
 from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo
 from lf_hf.report.notes import damage_notes
@@ -51,9 +61,6 @@ from lf_hf.settings import METHODS, FusionConfig
 
 logger = logging.get_logger(__name__)
 
-FUSED = "fused"
-"""Folder in that of a run: the fused model, until it is healed."""
-
 
 def make_result(inputs: FusionInputs, folder: Path, *, overwrite: bool, wait: bool = False) -> torch.device | None:
     """Fuse a base, and heal the result where that is asked for, into a folder, as a plain checkpoint.
@@ -63,54 +70,59 @@ def make_result(inputs: FusionInputs, folder: Path, *, overwrite: bool, wait: bo
     """
     fused = folder / WORK / FUSED
 
-    def begin() -> bool:
-        made_of = inputs.identity
-        begun = run_folder(folder, made_of, inputs.base.folder, overwrite=overwrite, wait=wait)
-        return stack.enter_context(begun) is None and not (wait and why_not_reused(folder, made_of) is None)
-
     def fuse_into() -> Plan | None:
         if fused.is_dir():
             return None
-        plan = inputs.check(folder)
-        write = _writer(fuse_base(inputs, plan, folder), inputs)
+        plan = fusion_plan(inputs, folder)
+        write = _writer(fuse_base(inputs, plan, folder), inputs.identity)
         if inputs.config.healing is None:
             write_result(folder, write)
         else:
             write_whole(folder, FUSED, write)
         return plan
 
-    with ExitStack() as stack:
-        if compute_once(begin):
-            plan = compute_once(fuse_into)
-            if inputs.config.healing is not None:
-                model = heal_fused(inputs.to_heal(fused), folder, plan)
-                compute_once(lambda: write_result(folder, _writer(model, inputs, folder)))
-                return model.device
-    return None
+    with _begun(inputs, folder, overwrite=overwrite, wait=wait) as is_begun:
+        plan = compute_once(fuse_into) if is_begun else None
+        if not is_begun or inputs.config.healing is None:
+            return None
+        return _heal_into(folder, inputs.to_heal(fused), inputs.identity, plan)
 
 
 def heal_result(inputs: HealInputs, folder: Path, *, overwrite: bool) -> None:
     """Heal a fused model into a folder, as a plain checkpoint. Where the same was cut short there, it goes on."""
+    with _begun(inputs, folder, overwrite=overwrite) as is_begun:
+        if is_begun:
+            _heal_into(folder, inputs, inputs.identity)
+
+
+@contextmanager
+def _begun(inputs: FusionInputs | HealInputs, folder: Path, *, overwrite: bool, wait: bool = False) -> Iterator[bool]:
+    """Begin a run in the folder of its result, in the first process of a launch; gives whether anything is to do."""
 
     def begin() -> bool:
-        begun = run_folder(folder, inputs.identity, inputs.folder, inputs.base.folder, overwrite=overwrite)
-        return stack.enter_context(begun) is None
+        made_of = inputs.identity
+        begun = run_folder(folder, made_of, *inputs.sources, overwrite=overwrite, wait=wait)
+        return stack.enter_context(begun) and not (wait and why_not_reused(folder, made_of) is None)
 
     with ExitStack() as stack:
-        if compute_once(begin):
-            model = heal_fused(inputs, folder)
-            compute_once(lambda: write_result(folder, _writer(model, inputs, folder)))
+        yield compute_once(begin)
 
 
-def _writer(
-    model: FusedForCausalLM, inputs: FusionInputs | HealInputs, healed_in: Path | None = None
-) -> Callable[[Path], None]:
+def _heal_into(folder: Path, inputs: HealInputs, made_of: Mapping[str, str], plan: Plan | None = None) -> torch.device:
+    """Heal a fused model into the folder of a run that is made of this; returns where it was trained."""
+    model = heal_fused(inputs, folder, plan)
+    logs = folder / WORK / TRAINING / LOGS
+    compute_once(lambda: write_result(folder, _writer(model, made_of, logs)))
+    return model.device
+
+
+def _writer(model: FusedForCausalLM, made_of: Mapping[str, str], logs: Path | None = None) -> Callable[[Path], None]:
     """What writes a model, of which its report says what it is made of, and the logs of its training, into a folder."""
 
     def write(folder: Path) -> None:
-        model.remember(replace(model.report, fingerprints=inputs.identity))
+        model.remember(replace(model.report, fingerprints=dict(made_of)))
         model.save_pretrained(folder, plain=True, max_shard_size=MAX_SHARD_BYTES)
-        if healed_in is not None and (logs := healed_in / WORK / TRAINING / LOGS).is_dir():
+        if logs is not None and logs.is_dir():
             shutil.copytree(logs, folder / LOGS)
 
     return write
@@ -120,8 +132,8 @@ def fuse_base(inputs: FusionInputs, plan: Plan, folder: Path | None = None) -> F
     """Open a base, measure it, and fuse its layers; `folder` is that of the result, where it goes into one."""
     base, tokenizer, config = inputs.base, inputs.tokenizer, inputs.config
     with following(plan):
-        decoder = base.open_decoder(plan, folder and folder / WORK / SCRATCH)
-        measured = measure(decoder, tokenizer, config, *inputs.texts)
+        decoder = open_decoder(base, plan, folder and folder / WORK / SCRATCH)
+        measured = measure(decoder, tokenizer, config, inputs.texts.samples, inputs.texts.text)
         model = fuse_measured(base, decoder, tokenizer, config, measured, inputs.model_class)
     base.credit(model)
     return model
@@ -175,11 +187,11 @@ def _measure_base(inputs: HealInputs, folder: Path, plan: Plan | None) -> Plan:
     """Measure the base of a healing, unless an earlier run of the same has done so; returns the plan."""
     gc.collect()  # what offloading holds of layers that are gone
     give_back_freed()
-    plan, teacher = plan or inputs.check(folder), folder / WORK / TEACHER
+    plan, teacher = plan or healing_plan(inputs, folder), folder / WORK / TEACHER
     assert plan.healing is not None
     if trained_by(teacher) is None:
         with following(plan):
-            base = inputs.base.open_decoder(plan, folder / WORK / SCRATCH)
+            base = open_decoder(inputs.base, plan, folder / WORK / SCRATCH)
             inputs.check_base(weights_digest(base.named_parameters()))
             judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
             write_teacher(teacher, base, inputs.tokenizer, inputs.corpus, plan.healing.settings, judged)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from lf_hf.checkpoint.saving import check_target, checked_folder
 from lf_hf.checkpoint.weights import tensor_types
-from lf_hf.inputs.fusion import FusionInputs
-from lf_hf.inputs.healing import HealInputs
+from lf_hf.pipeline.fusion import FusionInputs
+from lf_hf.pipeline.healing import HealInputs
+from lf_hf.pipeline.planning import fusion_plan, healing_plan
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.memory import in_gib
 from lf_hf.runtime.words import plural
@@ -41,9 +43,8 @@ def plan_fusion(inputs: FusionInputs, out: FilePath | None = None, *, overwrite:
     folder = None if out is None else checked_folder(out)
     notes = opened.notes()
     if folder is not None:
-        found = check_target(folder, lambda: inputs.identity, opened.folder, overwrite=overwrite)
-        notes += filter(None, [found])
-    plan = inputs.check(folder)
+        notes += _of_target(inputs, folder, overwrite=overwrite)
+    plan = fusion_plan(inputs, folder)
     before, after = plan.parameters
     files = opened.files()
     for file in files:
@@ -63,7 +64,7 @@ def plan_fusion(inputs: FusionInputs, out: FilePath | None = None, *, overwrite:
         f"parameters: {_change(before, after)}",
         f"bytes on disk: {_change(stored, after * opened.loaded_dtype.itemsize)}, as {str(opened.loaded_dtype)[6:]}",
     ]
-    samples, text = inputs.texts
+    samples, text, _ = inputs.texts
     sources = samples and samples.source, text and text.full_source
     lines += [f"calibration: {source}" for source in sources if source]
     if plan.healing is not None:
@@ -80,9 +81,9 @@ def plan_heal(inputs: HealInputs, out: FilePath, *, overwrite: bool = False) -> 
     Raises what `heal` would raise before the training; but not for a base with other weights than the one that was
     fused.
     """
-    folder, base = checked_folder(out), inputs.base
-    found = check_target(folder, lambda: inputs.identity, inputs.folder, base.folder, overwrite=overwrite)
-    plan = inputs.check(folder)
+    folder = checked_folder(out)
+    notes = _of_target(inputs, folder, overwrite=overwrite)
+    plan = healing_plan(inputs, folder)
     assert plan.healing is not None
     used = plan.healing.settings
     steps = f"{used.steps:,} {plural(used.steps, 'step')}"
@@ -90,7 +91,13 @@ def plan_heal(inputs: HealInputs, out: FilePath, *, overwrite: bool = False) -> 
         f"training: {steps} of {used.batch * used.length:,} tokens",
         f"text: {inputs.corpus.full_source}",
     ]
-    return DryRun(f"{inputs.folder.name}, healed by its base {base.name}", lines, plan, [*filter(None, [found])])
+    return DryRun(f"{inputs.folder.name}, healed by its base {inputs.base.name}", lines, plan, notes)
+
+
+def _of_target(inputs: FusionInputs | HealInputs, folder: Path, *, overwrite: bool) -> list[str]:
+    """What is to be known of what the folder of the result holds."""
+    found = check_target(folder, lambda: inputs.identity, *inputs.sources, overwrite=overwrite)
+    return [found] if found else []
 
 
 def _change(before: int, after: int) -> str:

@@ -18,16 +18,14 @@ from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_token
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import plain_config
 from lf_hf.checkpoint.identity import identity, text_digest
-from lf_hf.checkpoint.saving import WORK, checked_folder, file_sha
+from lf_hf.checkpoint.saving import checked_folder, file_sha
 from lf_hf.checkpoint.weights import weight_files
 from lf_hf.families.models import num_parameters
-from lf_hf.healing.teacher import TEACHER, trained_by
-from lf_hf.inputs.planning import check_text_to_heal, plan_run
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import own_device
 from lf_hf.runtime.words import unknown_name
-from lf_hf.settings import FusionConfig, HealSettings, default_heal_tokens
+from lf_hf.settings import HealSettings, default_heal_tokens
 from lf_hf.text.calibration import Corpus, load_corpus
 from lf_hf.text.sources import TextSource
 
@@ -127,23 +125,6 @@ class HealInputs:
         """Tokens of each judging text: as many as the fusion was judged by."""
         return self.report.config.get("perplexity_tokens") or _JUDGING_TOKENS
 
-    def check(self, out: Path | None) -> Plan:
-        """The plan of this healing, which goes on where one was cut short in the folder of its result.
-
-        Raises ValueError, before weights are read, if there is too little text or memory, and OSError if the disk of
-        `out`, where the result goes, has too little room for it and for the states of the training.
-        """
-        fewer = self.report.layers_before - self.report.layers_after
-        config = FusionConfig(fewer, "truncate", perplexity_tokens=self.judging_tokens)
-        trained = out and trained_by(out / WORK / TEACHER)
-        settings = replace(self.settings, train=trained) if trained else self.settings
-        plan = plan_run(
-            self.base, config, out, healing=settings, goes_on=trained is not None, training_args=self.training_args
-        )
-        assert plan.healing is not None
-        check_text_to_heal(self.tokenizer, self.corpus, plan.healing.settings, self.base)
-        return plan
-
     @cached_property
     def identity(self) -> dict[str, str]:
         """Identity of the healing."""
@@ -155,6 +136,11 @@ class HealInputs:
             training_args={name: str(value) for name, value in (self.training_args or {}).items()},
             judging_tokens=self.judging_tokens,
         )
+
+    @property
+    def sources(self) -> list[Path | None]:
+        """Folders that the run reads."""
+        return [self.folder, self.base.folder]
 
     def check_base(self, digest: str | None) -> None:
         """Raise ValueError if a base whose weights have this digest is not the one that was fused."""
