@@ -17,14 +17,13 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, Model
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
-from lf_hf.checkpoint.identity import JUDGING, why_not_reused
 from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.pipeline.fusion import FusionInputs
 from lf_hf.pipeline.healing import HealInputs
+from lf_hf.pipeline.identity import JUDGING, why_not_reused
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import compute_once, num_processes
-from lf_hf.settings import FusionConfig, HealSettings
-from lf_hf.text.sources import TextSource
+from lf_hf.settings import FusionConfig, HealSettings, TextSource
 
 logger = logging.get_logger(__name__)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
@@ -11,6 +12,12 @@ from pydantic.dataclasses import dataclass
 
 from lf_hf.runtime.settings_base import NOT_GIVEN, RULES, Needs, OneOf, Settings, checked
 from lf_hf.runtime.words import plural
+
+Messages = Sequence[Mapping[str, Any]]
+"""A chat, as chat templates take it: [{"role": "user", "content": "..."}, ...]."""
+TextSource = Sequence[str | Messages] | str | Path
+"""What text a user gives: strings and chats, or where they are: a .txt, .jsonl, .csv or .parquet file, or
+NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub or in a folder."""
 
 ALGORITHM = 26
 """Number of what a fusion computes: raised whenever results change, so that kept ones are not used again."""

@@ -55,6 +55,7 @@ from lf_hf.refit.layer_parts import mid_state, written_by
 from lf_hf.refit.regression import Regression
 from lf_hf.report.figures import FIGURES
 from lf_hf.runtime.tasks import SUBJECTS
+from lf_hf.settings import TextSource
 from lf_hf.text.calibration import (
     Corpus,
     documentation_halves,
@@ -64,7 +65,6 @@ from lf_hf.text.calibration import (
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.mmlu import Question, read_csv_questions
 from lf_hf.text.packing import pack_tokens
-from lf_hf.text.sources import TextSource
 
 ROOT = Path(__file__).parent.parent
 MODELS = {"smollm2": ("fetch_smollm2", [1, 4, 10, 12, 15]), "gemma3-270m": ("fetch_gemma3", [1, 2, 4, 6])}

@@ -54,7 +54,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import run
 from lf_hf.pipeline.fusion import Texts, for_model
-from lf_hf.settings import METHODS
+from lf_hf.settings import METHODS, TextSource
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.alignment import normalized_rows
@@ -66,7 +66,6 @@ from lf_hf.text.calibration import (
     load_calibration,
 )
 from lf_hf.text.packing import tokenize_samples
-from lf_hf.text.sources import TextSource
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = FusionConfig(num_fusions=1)

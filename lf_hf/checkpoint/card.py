@@ -17,7 +17,6 @@ from lf_hf.families.models import auto_class, is_wrapper, model_class
 from lf_hf.report.figures import FIGURES
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
-from lf_hf.settings import FusionConfig
 
 CARD_NAME = "README.md"
 # The hub refuses a card that names no repository. A name without its owner is that of a folder.
@@ -71,12 +70,8 @@ def _metadata(report: FusionReport, config: PretrainedConfig) -> ModelCardData:
 
 
 def _commands(report: FusionReport) -> str:
-    """The commands that make the model again, with the settings that are no defaults."""
-    defaults = FusionConfig(1, report.config["method"]).to_dict()
-    always = ("method", "num_fusions")
-    settings = report.settings.items()
-    options = {name: value for name, value in settings if name in always or (name, value) not in defaults.items()}
-    options["dtype"] = report.dtype and report.dtype.removeprefix("torch.")
+    """The commands that make the model again."""
+    options = report.options | {"dtype": report.dtype and report.dtype.removeprefix("torch.")}
     base = f"./{report.base}" if report.base.startswith("-") else report.base  # no option, but a folder of that name
     opening = {"revision": report.revision}
     commands = [_command(["lf-hf", "fuse", base, "out"], options | opening)]

@@ -24,6 +24,7 @@ from lf_hf.runtime.amounts import (
     JUDGED_AT_ONCE,
     JUDGING_LENGTH,
     JUDGING_PART,
+    MIXTURE_SHARE,
     SHORT,
     judged_stride,
     num_rough_tokens,
@@ -31,7 +32,6 @@ from lf_hf.runtime.amounts import (
 )
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
-from lf_hf.text.calibration import MIXTURE_SHARE
 
 _INFLUENCE_TOKENS = 8192  # calibration tokens that influences are measured on
 _AHEAD = 3  # likely sets whose groups are measured in one pass through the layers

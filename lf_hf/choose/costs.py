@@ -23,9 +23,15 @@ from lf_hf.refit.regression import FitError
 from lf_hf.refit.states import States, keep, run_boundaries, run_states
 from lf_hf.refit.traces import trace
 from lf_hf.report.data import MadeLayer
-from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
+from lf_hf.runtime.amounts import (
+    JUDGED_AT_ONCE,
+    JUDGING_LENGTH,
+    JUDGING_PART,
+    JUDGING_PIECES,
+    OUT_OF_DOMAIN_TOKENS,
+    judged_stride,
+)
 from lf_hf.runtime.progress import progress
-from lf_hf.text.packing import OUT_OF_DOMAIN_TOKENS
 
 
 class GroupText(NamedTuple):

@@ -18,7 +18,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
-from lf_hf.checkpoint.identity import files_digest, identity, identity_key
 from lf_hf.checkpoint.saving import TRAINING, WORK, checked_folder, locked_folder, write_whole
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
@@ -26,13 +25,13 @@ from lf_hf.measure.dense import measure
 from lf_hf.pipeline import run
 from lf_hf.pipeline.fusion import Texts, for_model
 from lf_hf.pipeline.healing import HealInputs
+from lf_hf.pipeline.identity import files_digest, identity, identity_key
 from lf_hf.pipeline.planning import following, open_decoder, plan_run
 from lf_hf.report.figures import dense_figures
 from lf_hf.report.report import versions
 from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.progress import progress
-from lf_hf.settings import FusionConfig
-from lf_hf.text.sources import TextSource
+from lf_hf.settings import FusionConfig, TextSource
 
 if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
@@ -197,15 +196,14 @@ class _Maker:
         most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
         plan = replace(plan_run(self.base, most, None), minutes=None)  # those of one fusion
         with following(plan):
-            decoder = open_decoder(self.base, plan)
-            samples, text, _ = self.texts.used_by(*fusions)
+            decoder, (samples, text, _) = open_decoder(self.base, plan), self.texts.used_by(*fusions)
             measured = measure(decoder, self.tokenizer, self.configs[0], samples, text)
             measured.kept.averages = {}  # for higher levels to go on from
             self._parameters, self._seconds = measured.parameters, sum(measured.seconds.values())
             if None in missing:
                 speedups = {"prefill": 1.0, "decoding": 1.0} if self.configs[0].speed else {}
-                texts = {text.name: dense_figures(text.dense) for text in measured.judged}
-                yield self._evaluate(missing[None], DENSE, decoder.model, texts, speedups)
+                figures = {text.name: dense_figures(text.dense) for text in measured.judged}
+                yield self._evaluate(missing[None], DENSE, decoder.model, figures, speedups)
             for fusion in dict.fromkeys(config.unhealed for config in fusions):
                 copy, model_class = decoder.copy(), fused_class(self.base.config)  # which shares its tensors
                 model = run.fuse_measured(self.base, copy, self.tokenizer, fusion, measured, model_class)

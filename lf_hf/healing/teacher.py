@@ -27,9 +27,9 @@ from lf_hf.healing.text import healing_text
 from lf_hf.measure.generating import text_writer, writing
 from lf_hf.measure.judge import Judged
 from lf_hf.measure.predictions import final_states
-from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
+from lf_hf.runtime.amounts import PERPLEXITY_LENGTH, WRITTEN_SHARE
 from lf_hf.settings import HealSettings
-from lf_hf.text.calibration import WRITTEN_SHARE, Corpus
+from lf_hf.text.calibration import Corpus
 
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden)."""

@@ -18,7 +18,7 @@ from lf_hf.measure.check import check_model
 from lf_hf.measure.generating import text_writer, writing
 from lf_hf.measure.judge import Judged, judge_dense, judging_dense, write_continuations
 from lf_hf.report.data import CalibrationInfo, MadeLayer
-from lf_hf.runtime.amounts import JUDGING_LENGTH, PERPLEXITY_LENGTH, WRITTEN_LENGTH
+from lf_hf.runtime.amounts import JUDGING_LENGTH, MIXTURE_SHARE, PERPLEXITY_LENGTH, WRITTEN_LENGTH
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.memory import give_back_freed
 from lf_hf.runtime.numerics import weights_digest
@@ -28,7 +28,7 @@ from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.averaging import AverageKey
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
-from lf_hf.text.calibration import MIXTURE_SHARE, CalibrationSamples, Corpus
+from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, split_held_out, tokenize_samples
 

@@ -15,13 +15,12 @@ from transformers.utils import logging
 
 from lf_hf.checkpoint.base import BASE_ONLY_ARGUMENTS, Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
-from lf_hf.checkpoint.identity import files_digest, identity, text_digest
 from lf_hf.families.models import family_of, free_layers, num_parameters
 from lf_hf.families.models import model_class as stock_class
 from lf_hf.pipeline.healing import HealInputs
-from lf_hf.settings import FusionConfig
+from lf_hf.pipeline.identity import files_digest, identity, text_digest
+from lf_hf.settings import FusionConfig, TextSource
 from lf_hf.text.calibration import CalibrationSamples, Corpus, load_calibration, load_corpus
-from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
 

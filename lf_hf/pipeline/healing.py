@@ -17,17 +17,16 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_tokenizer, read_config
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import plain_config
-from lf_hf.checkpoint.identity import identity, text_digest
 from lf_hf.checkpoint.saving import checked_folder, file_sha
 from lf_hf.checkpoint.weights import weight_files
 from lf_hf.families.models import num_parameters
+from lf_hf.pipeline.identity import identity, text_digest
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import own_device
 from lf_hf.runtime.words import unknown_name
-from lf_hf.settings import HealSettings, default_heal_tokens
+from lf_hf.settings import HealSettings, TextSource, default_heal_tokens
 from lf_hf.text.calibration import Corpus, load_corpus
-from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
 # What is taken for loading the base of a healing, besides values of its config. Its dtype is that of the fusion.

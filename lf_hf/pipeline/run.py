@@ -24,7 +24,6 @@ from transformers.utils import logging
 
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
-from lf_hf.checkpoint.identity import why_not_reused
 from lf_hf.checkpoint.saving import (
     FUSED,
     LOGS,
@@ -47,6 +46,7 @@ from lf_hf.measure.judge import compare_continuations, judge, judge_dense
 from lf_hf.measure.speed import with_speed
 from lf_hf.pipeline.fusion import FusionInputs
 from lf_hf.pipeline.healing import HealInputs
+from lf_hf.pipeline.identity import why_not_reused
 from lf_hf.pipeline.planning import following, fusion_plan, healing_plan, open_decoder
 from lf_hf.plan.plan import Plan
 from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo

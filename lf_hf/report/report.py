@@ -109,6 +109,12 @@ class FusionReport:
         in_effect = FusionConfig.from_kwargs(**self.config).in_effect()
         return {name: value for name, value in self.config.items() if name in in_effect}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings that say how to fuse so again: those that had an effect and are no defaults."""
+        usual, always = FusionConfig(1, self.config["method"]).to_dict(), ("num_fusions", "method")
+        return {name: value for name, value in self.settings.items() if name in always or value != usual[name]}
+
     def for_weights(self, digest: str | None) -> FusionReport:
         """The report of a model with these weights, which may not be those that were fused."""
         if digest is None or self.weights_digest in (None, digest):

@@ -13,6 +13,10 @@ MAX_SHARD_BYTES = 500_000_000
 # Bytes that a batch may take inside a layer: on the CPU, where more gains nothing, and on a large card.
 CPU_BATCH, LARGEST_BATCH = 1 << 26, 1 << 32
 BATCH_COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
+# Share of the tokens that a model itself writes, which keeps what no other text touches: of the default mixture to fit
+# to, and of all other text.
+MIXTURE_SHARE, WRITTEN_SHARE = 0.5, 1 / 3
+OUT_OF_DOMAIN_TOKENS = 1024  # that judge groups, of each kind of text beside the calibration text
 JUDGING_PIECES = 16  # pieces of the calibration text that judge groups, beside other kinds of text
 JUDGING_PART = 4  # one of so many pieces judges groups by themselves
 JUDGED_AT_ONCE = 8  # groups whose predictions are in memory at a time

@@ -13,9 +13,11 @@ from sysconfig import get_path
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from lf_hf.runtime.amounts import MIXTURE_SHARE, WRITTEN_SHARE
 from lf_hf.runtime.tasks import SUBJECTS
+from lf_hf.settings import TextSource
 from lf_hf.text.mmlu import fitting_questions, format_question
-from lf_hf.text.sources import TextSource, read_samples, sample_evenly, split_windows
+from lf_hf.text.sources import read_samples, sample_evenly, split_windows
 
 logger = logging.get_logger(__name__)
 QUESTIONS = "MMLU development questions"
@@ -26,9 +28,6 @@ MAX_SAMPLES = 1024
 """Samples that are compared with each other at most; of more as many are taken, spread evenly over them."""
 TOKEN_CHARACTERS = 64  # no text has longer tokens on average
 _TRAINING_CHARACTERS = 8  # a token: more than usual
-# Share of the tokens that the model itself writes, which keeps what no other text touches: of the default mixture to
-# fit to, and of all other text.
-MIXTURE_SHARE, WRITTEN_SHARE = 0.5, 1 / 3
 # Characters that stand beside a user's text for each of its tokens: answered questions, a fifth of the 4 characters of
 # a token, or some ten thousand tokens; to train on, documentation too, a seventh. Each is at most half as long as it.
 _QUESTION_CHARACTERS, _MAX_QUESTION_CHARACTERS = 0.8, 40_000

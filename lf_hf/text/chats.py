@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, dropwhile
 from typing import Any, TypeGuard
@@ -11,9 +10,7 @@ from typing import Any, TypeGuard
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.runtime.errors import reason
-
-Messages = Sequence[Mapping[str, Any]]
-"""A chat, as chat templates take it: [{"role": "user", "content": "..."}, ...]."""
+from lf_hf.settings import Messages
 
 CHATS = slice(2, None, 4)
 """Which of the sequences that a model writes are chats, if its tokenizer has a form for them."""

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lf_hf.runtime.amounts import OUT_OF_DOMAIN_TOKENS
 from lf_hf.text.calibration import TOKEN_CHARACTERS, CalibrationSamples, Corpus, documentation_halves
 from lf_hf.text.chats import bos_prefix
 from lf_hf.text.mmlu import fitting_questions
 from lf_hf.text.sources import evenly
-
-OUT_OF_DOMAIN_TOKENS = 1024  # of each kind of text
 
 
 def tokenize_samples(

@@ -13,11 +13,8 @@ from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.runtime.errors import explained
-from lf_hf.text.chats import Messages, bos_prefix, chat_text, is_chat
-
-TextSource = Sequence[str | Messages] | str | Path
-"""Strings and chats, or where they are: a .txt, .jsonl, .csv or .parquet file, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a
-data set on the hub or in a folder."""
+from lf_hf.settings import TextSource
+from lf_hf.text.chats import bos_prefix, chat_text, is_chat
 
 Item = TypeVar("Item")
 _ADVICE = "give a .txt, .jsonl, .csv or .parquet file, or a data set"
