@@ -291,8 +291,13 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 64, "sliding_window_pattern": 6, "query_pre_attn_scalar": 32},
     "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
 }
-TINY["llama"] |= {"num_attention_heads": 6, "num_key_value_heads": 6}
 TINY["qwen3_5_text"] |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+TINY["llama"] |= {"num_attention_heads": 6, "num_key_value_heads": 6}
+MIXTURE: dict[str, Any] = {"hidden_size": 192, "num_hidden_layers": 10, "num_attention_heads": 6}
+MIXTURE |= {"moe_intermediate_size": 64, "num_experts_per_tok": 4}
+TINY["qwen3_moe"] = MIXTURE | {"num_experts": 16, "norm_topk_prob": True}
+TINY["qwen3_5_moe_text"] = MIXTURE | TINY["qwen3_5_text"] | {"num_experts": 16, "shared_expert_intermediate_size": 64}
+TINY["gpt_oss"] = MIXTURE | {"num_local_experts": 16, "intermediate_size": 64, "sliding_window": 64}
 
 
 def tiny_model(model_type: str, tokenizer: PreTrainedTokenizerBase, text: str, minutes: float) -> CausalLM:
@@ -305,12 +310,13 @@ def tiny_model(model_type: str, tokenizer: PreTrainedTokenizerBase, text: str, m
     family = FAMILIES[model_type]
     model = family.causal_lm(family.config_class(**settings | TINY.get(model_type, {})))
     sequences = torch.stack([s for s in pack_tokens(tokenizer, text, 128, 10**9) if len(s) == 128])
+    others: dict[str, Any] = {"output_router_logits": True} if family.mlp.experts else {}  # experts are balanced
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     end = time.monotonic() + 60 * minutes
     losses = [0.0]
     while time.monotonic() < end:
         batch = sequences[torch.randint(len(sequences), (8,))]
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(input_ids=batch, labels=batch, **others).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -245,7 +245,7 @@ ROWS: dict[str, Row] = {
 # Types of models, and why none of them fuses or what does instead.
 OTHERS = {
     **dict.fromkeys(("qwen3_vl_text", "qwen2_vl", "bert", "gpt2"), "only models of these types fuse: llama, mistral, "),
-    **dict.fromkeys(("mixtral", "gpt_oss", "deepseek_v3", "llama4", "ernie4_5_moe"), "it is a mixture .* REAP in llm-"),
+    **dict.fromkeys(("deepseek_v3", "llama4", "ernie4_5_moe"), "of mixtures of experts only those of these types"),
     **dict.fromkeys(("granitemoehybrid", "nemotron_h"), "its layers are Mamba's"),
     **{"gemma4": "its layers share keys and values", "lfm2": "its layers are convolutions"},
     "llava": "save its decoder, a 'llama', by itself and fuse that; gemma3, mistral3, qwen3_vl fuse as a whole",

@@ -30,6 +30,7 @@ HEADS = {"sliding_window": 5, "head_dim": 12}
 CAPPED = {"query_pre_attn_scalar": 10, "final_logit_softcapping": 3.0}
 FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3, "logits_scaling": 2.0}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10}
+MIXTURE = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 FREQUENCIES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -59,8 +60,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": 5},
     "seed_oss": {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True},
     "arcee": {"mlp_bias": True},
+    "qwen3_moe": MIXTURE | {"head_dim": 8, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 5},
+    "olmoe": MIXTURE | {"intermediate_size": 12},
+    "mixtral": MIXTURE | {"intermediate_size": 12, "sliding_window": 5},
+    "gpt_oss": MIXTURE | {"intermediate_size": 12, "head_dim": 8, "sliding_window": 5} | rope("default"),
+    "qwen3_5_moe_text": MIXTURE
+    | LINEAR
+    | {"full_attention_interval": 3, "head_dim": 8}
+    | {"shared_expert_intermediate_size": 10}
+    | rope("default", partial_rotary_factor=0.5),
     "qwen3_vl_text": {"head_dim": 8} | rope("default", mrope_section=[2, 1, 1]),
 }
+MIXTURES = [model_type for model_type in MODEL_TYPES if model_type in FAMILIES and FAMILIES[model_type].mlp.experts]
 SEES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 7, "image_size": 28}
 TOWER = SEES | {"num_hidden_layers": 2, "num_attention_heads": 2}
 DEEP = SEES | {"depth": 3, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
@@ -123,11 +134,13 @@ def idle(model: Any, *layers: int) -> None:
     family = family_of(model.config)
     for layer in (text_model(model).layers[index] for index in layers):
         for half in (family.layer_mixer(layer), family.mlp):
+            writers = (half.writer, "mlp.shared_expert.down_proj")
             if half.after:
                 layer.get_parameter(f"{half.after}.weight").fill_(-family.gain_offset)
             else:
-                for parameter in layer.get_submodule(half.writer).parameters():
-                    parameter.zero_()
+                for name, parameter in layer.named_parameters():
+                    if name.startswith(writers):
+                        parameter.zero_()
 
 
 def decoders(model: Any, folder: Path) -> list[Decoder]:

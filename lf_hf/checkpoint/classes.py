@@ -28,7 +28,7 @@ from lf_hf.checkpoint.configuration import NOT_KEPT, FusedLlamaConfig, plain_con
 from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.checkpoint.weights import tensor_files, weight_files
 from lf_hf.decoder.placement import named_values
-from lf_hf.families.models import auto_class, is_wrapper, model_class
+from lf_hf.families.models import auto_class, family_of, is_wrapper, model_class
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.numerics import weights_digest
 
@@ -60,7 +60,9 @@ class FusedForCausalLM(PreTrainedModel):
         Its modules and their hooks stay. It is another model than its base now, in plain floats.
         """
         config = model.config
-        if not is_wrapper(config):  # a vision-language model is saved under the names that its base's files have
+        if family_of(config).mlp.experts:  # which are one tensor in memory, and may be many in files
+            vars(model).pop("_weight_conversions", None)
+        elif not is_wrapper(config):  # a vision-language model is saved under the names that its base's files have
             model._weight_conversions = []
         for name in NOT_KEPT:
             vars(config).pop(name, None)

@@ -63,7 +63,7 @@ class Setup:
 
     def forward(self, tokens: int, layers: int) -> Work:
         """Of tokens that pass some layers."""
-        return Work(layer=2 * self.shape.layer * tokens * layers)
+        return Work(layer=2 * self.shape.active * tokens * layers)
 
     def head(self, tokens: int, models: int = 1) -> Work:
         """Of the predictions of some models."""

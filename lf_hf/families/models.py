@@ -13,7 +13,6 @@ from lf_hf.families.table import FAMILIES, Family
 
 CausalLM: TypeAlias = Any
 """A model of one of the families, with its head."""
-_MIXTURE = "it is a mixture of experts, of which experts are pruned, not layers: see REAP in llm-compressor"
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # keys of how many there are
 _REFUSED = {
     "gemma3n": "its layers share keys and values and have own embeddings; fuse a Gemma 3",
@@ -32,14 +31,19 @@ MODEL_TYPES = (*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPIN
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a model, or of the decoder in one of images and text, also of one that was fused, by its config.
 
-    Raises ValueError for any other model, such as a mixture of experts, with what to do instead where that is known.
+    Raises ValueError for any other model, with what to do instead where that is known.
     """
     if is_wrapper(config):
         config = config.get_text_config()
     model_type = config.model_type.removeprefix("fused_")
-    if model_type not in FAMILIES:
+    if model_type not in FAMILIES or _has_dense_layers(config):
         raise ValueError(f"A model of type {config.model_type!r} cannot be fused: {why_refused(config)}.")
     return FAMILIES[model_type]
+
+
+def _has_dense_layers(config: PretrainedConfig) -> bool:
+    """Whether some layers of a mixture of experts have none."""
+    return bool(getattr(config, "mlp_only_layers", None)) or getattr(config, "decoder_sparse_step", 1) != 1
 
 
 def why_refused(config: PretrainedConfig) -> str:
@@ -48,8 +52,11 @@ def why_refused(config: PretrainedConfig) -> str:
         if config.model_type.startswith(begins):
             return why
     text = config.get_text_config()
+    if _has_dense_layers(text):
+        return "some of its layers have experts and some have none"
     if any(getattr(text, key, None) for key in _EXPERTS):
-        return _MIXTURE
+        mixtures = (name for name in MODEL_TYPES if name in FAMILIES and FAMILIES[name].mlp.experts)
+        return f"of mixtures of experts only those of these types fuse: {', '.join(mixtures)}"
     if text is not config and text.model_type in FAMILIES:
         return (
             f"save its decoder, a {text.model_type!r}, by itself and fuse that; {', '.join(WRAPPERS)} fuse as a whole"

@@ -18,7 +18,7 @@ class Shape:
     layers: int
     inner: int  # of these, those that groups by cost may have
     hidden: int
-    mlp: int
+    mlp: int  # channels that work on a token
     readers: int  # matrices that an MLP reads the stream with; their products are what it writes with one more
     queries: int  # rows of q_proj
     keys: int  # of k_proj, and of v_proj
@@ -26,6 +26,9 @@ class Shape:
     positions: int  # tokens that it takes
     vocab: int
     layer: int  # parameters of a layer
+    active: int  # of these, those that work on a token
+    experts: int  # of a layer, 0 where it has an MLP
+    chosen: int  # of these, those that work on a token
     total: int  # of the model, tied ones once
     size: int
     has_norm_after: bool  # whether halves write through a norm, and so are fitted twice
@@ -37,18 +40,24 @@ class Shape:
         """Of a model, which may be on the meta device."""
         text, family = model.config.get_text_config(), family_of(model.config)
         layers = text_model(model).layers
+        layer, experts = _count(layers) // len(layers), family.mlp.experts
+        count, chosen = (getattr(text, key) for key in (experts.count, experts.chosen)) if experts else (0, 0)
+        of_experts = 3 * text.hidden_size * (family.mlp_width(text) - family.shared_width(text)) // max(1, chosen)
         return cls(
             layers=len(layers),
             inner=len(free_layers(model.config, "groups")[0]),
             hidden=text.hidden_size,
             mlp=family.mlp_width(text),
-            readers=len(family.mlp.readers),
+            readers=2 if experts else len(family.mlp.readers),
             queries=text.num_attention_heads * head_dim(text),
             keys=text.num_key_value_heads * head_dim(text),
             heads=text.num_attention_heads,
             positions=text.max_position_embeddings,
             vocab=text.vocab_size,
-            layer=_count(layers) // len(layers),
+            layer=layer,
+            active=layer - (count - chosen) * of_experts,
+            experts=count,
+            chosen=chosen,
             total=_count(model),
             size=size,
             has_norm_after=family.mlp.after is not None,

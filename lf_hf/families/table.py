@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.activations import ACT2FN
 
 DecoderLayer: TypeAlias = Any
 """A decoder layer of one of the families, which have no class in common."""
@@ -21,7 +23,33 @@ Weights = Mapping[str, Tensor]
 """Of a layer, by the parameters' names inside it: those that the layer has, or those of `Family.unpacked`."""
 Kind = Mapping[str, Any]
 """What a layer has of its own in the config: its entry of each of `Family.layer_lists`."""
+_KINDS = {"weight": "", "bias": "_bias"}
+"""What the names of experts' parameters end with in memory, by what they are."""
 _LINEAR = "linear_attention"  # as configs name the layers that have Gated DeltaNet in place of attention
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts, of which a router lets a few work on each token, and what they are called in layers and configs."""
+
+    module: str = "mlp.experts"
+    router: str = "mlp.gate"
+    count: str = "num_experts"  # key of how many there are
+    chosen: str = "num_experts_per_tok"  # key of how many work on a token
+    width: str = "moe_intermediate_size"  # key of an expert's channels
+    shared: str = ""  # an MLP that works on all tokens, times the sigmoid of what `shared_gate` gives
+    shared_gate: str = ""
+    shared_width: str = ""  # key of its channels
+    # Whether matrices are transposed in memory, gate's and up's rows take turns, and both are kept within a limit.
+    is_turned: bool = False
+
+    @property
+    def readers(self) -> tuple[str, str]:
+        return f"{self.module}.gate_proj", f"{self.module}.up_proj"
+
+    @property
+    def writer(self) -> str:
+        return f"{self.module}.down_proj"
 
 
 @dataclass(frozen=True)
@@ -30,7 +58,9 @@ class Half:
 
     `before` is the norm that `readers` read, and `after` the one that what `writer` writes goes through; None where the
     layers have no such norm. `packed` is the projection that has the rows of all readers, in order, where there is one.
-    `inner` are the parameters in between that are neither projections nor norms of heads.
+    `inner` are the parameters in between that are neither projections nor norms of heads. Where an MLP has `experts`,
+    their matrices are those of `readers` and `writer` that have one more dimension, the first. `of_heads` are
+    parameters with a number for each query head.
     """
 
     before: str | None
@@ -39,6 +69,8 @@ class Half:
     after: str | None = None
     packed: str | None = None
     inner: tuple[str, ...] = ()
+    of_heads: tuple[str, ...] = ()
+    experts: Experts | None = None
 
     @property
     def module(self) -> str:
@@ -48,6 +80,15 @@ class Half:
     @property
     def norms(self) -> list[str]:
         return [norm for norm in (self.before, self.after) if norm is not None]
+
+    @property
+    def parameter_names(self) -> set[str]:
+        """Names of all parameters that the half may have, but for norms of heads."""
+        projections = [*self.readers, self.writer]
+        if self.experts and self.experts.shared:
+            projections.append(f"{self.experts.shared}.down_proj")
+        names = {f"{name}.{kind}" for name in projections for kind in ("weight", "bias")}
+        return names | {f"{norm}.weight" for norm in self.norms} | {*self.inner, *self.of_heads}
 
 
 attention_half = partial(
@@ -65,6 +106,16 @@ _DELTA_NET = Half(
     writer="linear_attn.out_proj",
     inner=tuple(f"linear_attn.{name}" for name in ("conv1d.weight", "A_log", "dt_bias", "norm.weight")),
 )
+
+
+def experts_half(experts: Experts) -> Half:
+    """The half of a layer that has experts in place of an MLP."""
+    readers = [experts.router, *experts.readers]
+    if experts.shared:
+        readers += [experts.shared_gate, f"{experts.shared}.gate_proj", f"{experts.shared}.up_proj"]
+    return Half("post_attention_layernorm", tuple(readers), experts.writer, experts=experts)
+
+
 PROJECTIONS = tuple(name for half in (attention_half(), mlp_half()) for name in (*half.readers, half.writer))
 """The matrices of a decoder layer with attention, of any family, by the names of `Family.unpacked`."""
 
@@ -146,11 +197,8 @@ class Family:
     @property
     def parameter_names(self) -> set[str]:
         """Names of all parameters that a layer may have, as `unpacked` gives them."""
-        names = {f"{norm}.weight" for norm in self.norms}
-        for half in filter(None, (self.attention, self.delta_net, self.mlp)):
-            names |= {f"{name}.{kind}" for name in (*half.readers, half.writer) for kind in ("weight", "bias")}
-            names.update(half.inner)
-        return names
+        names = {f"{norm}.weight" for norm in self.norms_of_heads}
+        return names.union(*(half.parameter_names for half in (self.attention, self.delta_net, self.mlp) if half))
 
     @property
     def symmetry(self) -> tuple[Axis, ...]:
@@ -159,10 +207,12 @@ class Family:
         "mlp" is any permutation of the MLP's hidden neurons. "key_value" moves whole key-value heads, and "query" moves
         whole query heads: each with its key-value head, and in any order among those that share it. Channels inside a
         head stay where they are, since rotary embeddings tie each to its place. Of a hybrid's layers the mixers stay
-        as they are.
+        as they are, and so do experts.
         """
         axes = []
-        halves: list[tuple[Half, tuple[str, ...]]] = [(self.mlp, ("mlp",) * len(self.mlp.readers))]
+        halves: list[tuple[Half, tuple[str, ...]]] = []
+        if self.mlp.experts is None:
+            halves.append((self.mlp, ("mlp",) * len(self.mlp.readers)))
         if self.delta_net is None:
             halves.append((self.attention, ("query", "key_value", "key_value")))
         for half, moved in halves:
@@ -179,6 +229,8 @@ class Family:
         All that can be are views.
         """
         named: dict[str, Tensor] = dict(layer.named_parameters())
+        if self.mlp.experts:
+            named = _unpacked_experts(self.mlp.experts, named)
         for half in (self.attention, self.mlp):
             for kind in ("weight", "bias"):
                 if half.packed and (tensor := named.pop(f"{half.packed}.{kind}", None)) is not None:
@@ -203,7 +255,7 @@ class Family:
             for kind in ("weight", "bias"):
                 if half.packed and f"{half.readers[0]}.{kind}" in named:
                     named[f"{half.packed}.{kind}"] = torch.cat([named.pop(f"{name}.{kind}") for name in half.readers])
-        return named
+        return _packed_experts(self.mlp.experts, named) if self.mlp.experts else named
 
     def config_kinds(self, config: PretrainedConfig) -> list[Kind]:
         """The kinds of all layers, as the config has them."""
@@ -228,12 +280,27 @@ class Family:
         return self.delta_net if self.delta_net and kind["layer_types"] == _LINEAR else self.attention
 
     def mlp_width(self, config: PretrainedConfig) -> int:
-        """Channels of a layer's MLP."""
-        return int(getattr(config, self.width))
+        """Channels of a layer's MLP that work on a token."""
+        experts = self.mlp.experts
+        if experts is None:
+            return int(getattr(config, self.width))
+        return int(getattr(config, experts.width) * getattr(config, experts.chosen)) + self.shared_width(config)
+
+    def shared_width(self, config: PretrainedConfig) -> int:
+        """Of these, those of the MLP beside experts."""
+        return int(getattr(config, self.mlp.experts.shared_width, 0)) if self.mlp.experts else 0
+
+    def activated(self, config: PretrainedConfig, first: Tensor, *others: Tensor) -> Tensor:
+        """What an MLP's writer reads, from what its readers give: each (tokens T, channels)."""
+        if self.mlp.experts and self.mlp.experts.is_turned:
+            gate, up = first.clamp(max=config.swiglu_limit), others[0].clamp(-config.swiglu_limit, config.swiglu_limit)
+            return (up + 1) * gate * torch.sigmoid(config.swiglu_alpha * gate)
+        activated: Tensor = ACT2FN[getattr(config, self.activation)](first)
+        return math.prod(others, start=activated)
 
     def writer_weight(self, layer: DecoderLayer) -> Tensor:
         """What a layer's MLP writes with: all matrices of a layer are of this type, where this is."""
-        weight: Tensor = layer.get_parameter(f"{self.mlp.writer}.weight")
+        weight: Tensor = layer.get_parameter(self.mlp.writer if self.mlp.experts else f"{self.mlp.writer}.weight")
         return weight
 
     def layer_mixer(self, layer: DecoderLayer) -> Half:
@@ -304,6 +371,14 @@ _OLMO2 = Family(
     head_norms="all",
 )
 _QWEN3 = Family("qwen3", "Qwen3", head_norms="each", layer_lists=("layer_types",))
+_QWEN3_5 = replace(
+    _QWEN3, model_type="qwen3_5_text", title="Qwen3_5", rotary="Text", delta_net=_DELTA_NET, gain_offset=1.0
+)
+_SHARED = Experts(
+    shared="mlp.shared_expert",
+    shared_gate="mlp.shared_expert_gate",
+    shared_width="shared_expert_intermediate_size",
+)
 _ALL = (
     Family("llama", "Llama"),
     Family("mistral", "Mistral", window="sliding_window"),
@@ -350,10 +425,65 @@ _ALL = (
     Family("ministral3", "Ministral3", window="sliding_window"),
     replace(_OLMO2, model_type="olmo3", title="Olmo3", layer_lists=("layer_types",)),
     Family("seed_oss", "SeedOss"),
-    replace(_QWEN3, model_type="qwen3_5_text", title="Qwen3_5", rotary="Text", delta_net=_DELTA_NET, gain_offset=1.0),
+    replace(
+        _QWEN3,
+        model_type="qwen3_moe",
+        title="Qwen3Moe",
+        mlp=experts_half(Experts()),
+        layer_lists=(),
+        window="sliding_window",
+    ),
+    Family("olmoe", "Olmoe", mlp=experts_half(Experts(width="intermediate_size")), head_norms="all"),
+    Family(
+        "mixtral",
+        "Mixtral",
+        mlp=experts_half(Experts(count="num_local_experts", width="intermediate_size")),
+        window="sliding_window",
+    ),
+    Family(
+        "gpt_oss",
+        "GptOss",
+        attention=attention_half(of_heads=("self_attn.sinks",)),
+        mlp=experts_half(
+            Experts(router="mlp.router", count="num_local_experts", width="intermediate_size", is_turned=True)
+        ),
+        layer_lists=("layer_types",),
+    ),
+    _QWEN3_5,
+    replace(_QWEN3_5, model_type="qwen3_5_moe_text", title="Qwen3_5Moe", mlp=experts_half(_SHARED)),
 )
 FAMILIES = MappingProxyType({family.model_type: family for family in _ALL})
 """All families by `model_type`."""
+
+
+def _unpacked_experts(experts: Experts, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's parameters with each projection of its experts by itself, as (experts, outputs, inputs) and biases as
+    (experts, outputs); all are views."""
+    named, readers = dict(named), f"{experts.module}.gate_up_proj"
+    for kind, suffix in _KINDS.items():
+        both, down = (named.pop(f"{name}{suffix}", None) for name in (readers, experts.writer))
+        if both is None or down is None:
+            continue
+        if experts.is_turned and kind == "weight":
+            both, down = both.mT, down.mT
+        parts = (both[:, ::2], both[:, 1::2]) if experts.is_turned else both.chunk(2, dim=1)
+        named |= {f"{name}.{kind}": part for name, part in zip(experts.readers, parts, strict=True)}
+        named[f"{experts.writer}.{kind}"] = down
+    return named
+
+
+def _packed_experts(experts: Experts, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `_unpacked_experts`."""
+    for kind, suffix in _KINDS.items():
+        if f"{experts.writer}.{kind}" not in named:
+            continue
+        gate, up, down = (named.pop(f"{name}.{kind}") for name in (*experts.readers, experts.writer))
+        both = torch.stack([gate, up], dim=2).flatten(1, 2) if experts.is_turned else torch.cat([gate, up], dim=1)
+        if experts.is_turned and kind == "weight":
+            both, down = both.mT, down.mT
+        named[f"{experts.module}.gate_up_proj{suffix}"] = both
+        named[f"{experts.writer}{suffix}"] = down
+    return named
 
 
 def head_dim(config: PretrainedConfig) -> int:

@@ -32,6 +32,8 @@ _TOKENS = 8
 _TOLERANCE = 1e-4  # relative: a layer that differs is off by far more
 _TINY: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 6, "vocab_size": 16}
 _TINY |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 4}
+_TINY |= {"moe_intermediate_size": 6, "shared_expert_intermediate_size": 6, "num_experts": 4, "num_local_experts": 4}
+_TINY |= {"num_experts_per_tok": 2, "_experts_implementation": "eager"}  # other kernels of experts have no float64
 _TINY |= {"_attn_implementation": "eager", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 

@@ -151,6 +151,11 @@ def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionCon
 
 def _check_kinds(config: FusionConfig, text: PretrainedConfig, free: range) -> None:
     """Raise ValueError unless averages are of layers of one kind, as weights of others mean different things."""
+    if config.averages and family_of(text).mlp.experts:
+        raise ValueError(
+            f"method={config.method!r} averages layers, and experts of two layers have nothing in common that an "
+            "average keeps; give method='refit', which keeps one layer's experts and fits what they write."
+        )
     kinds = family_of(text).config_kinds(text)[free.start : free.stop]
     alike = [above == below for below, above in pairwise(kinds)]
     if not config.averages or all(alike):

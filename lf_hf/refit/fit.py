@@ -27,7 +27,8 @@ from torch.nn.functional import linear
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.demand import Setup, Work, times
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
-from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, add_to_maps, empty_problem, solve_maps, token_weights
+from lf_hf.refit.experts import fit_experts
+from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, maps_to, solve_maps, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
     combined_channels,
@@ -81,7 +82,7 @@ def fit_group(
     mid_states = keep(decoder, (mid_state(decoder, fused, state) for state in states))
     del fused
     mlp = HalfFit(decoder, family.mlp, mid_states, traces.output, traces.solver, ridge)
-    gated = fit_mlp(mlp, group, traces.mid_states)
+    gated = (fit_experts if family.mlp.experts else fit_mlp)(mlp, group, traces.mid_states)
 
     fitted = attended.weights | gated.weights
     for name, weight in fitted.items():
@@ -108,6 +109,7 @@ def _read_entry(attended: FittedHalf, gated: FittedHalf, fitted: Weights, solver
         error_before=error_before,
         error_after=error_after,
         attention_error=attention_error,
+        experts_unreached=gated.unreached,
     )
 
 
@@ -182,7 +184,7 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
     `group` has the layers' weights, and `read` the streams in front of their MLPs.
     """
     half, count, keep = fit.half, len(group), fit.decoder.family.mlp_width(fit.decoder.config)
-    maps = _maps_to(fit, [*drained(read)], group[0][f"{half.writer}.weight"])
+    maps = maps_to(fit, [*drained(read)], group[0][f"{half.writer}.weight"])
     sizes = fit.measure_sizes(map(partial(folded, half), group, maps), [None] * count)
     limit = keep if fit.solver.rough_tokens else num_candidates(count * keep, keep)
     channels = torch.arange(count * keep, device=maps[0].device)
@@ -201,15 +203,6 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
         channels = channels[chosen]
         weights = selected(half, weights, *[chosen] * len(half.readers))
     return fit.fit_writer(weights, _counts(channels, keep, count), problem, kind=None)
-
-
-def _maps_to(fit: HalfFit, read: Sequence[States], like: Tensor) -> list[Tensor]:
-    """Maps from what the half that is made reads to what others read in front of it, on the device of `like`."""
-    hidden = fit.decoder.config.hidden_size
-    problem = empty_problem(fit.decoder, (len(read) * hidden, hidden), like, fit.solver)
-    for state, *targets in zip(fit.states, *read, strict=True):
-        add_to_maps(problem, fit.decoder, fit.half, state, targets)
-    return [input_map.to(like.device) for input_map in solve_maps(problem, fit.ridge)]
 
 
 def _largest(

@@ -15,6 +15,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import Half, Kind, Weights
 from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized
 from lf_hf.refit.regression import DualRegression, Regression, Solver
+from lf_hf.refit.states import States
 from lf_hf.runtime.amounts import solved_in_tokens
 from lf_hf.runtime.numerics import in_float64
 
@@ -67,13 +68,14 @@ class FittedHalf(NamedTuple):
     """One half for those of a group of layers.
 
     `kept` counts the key-value groups or channels from each layer, (layers,). Errors are those of what is written, with
-    the writer as it was and after its first fit, of shape ().
+    the writer as it was and after its first fit, of shape (). `unreached` counts experts that no token was given to.
     """
 
     weights: dict[str, Tensor]
     kept: Tensor
     error_before: Tensor
     error_after: Tensor
+    unreached: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class HalfFit:
     def fit_writer(self, weights: dict[str, Tensor], kept: Tensor, problem: Problem, kind: Kind | None) -> FittedHalf:
         """Fit the half's writer in `weights`, and the gains of a norm behind it. `kind` is as in `writer_inputs`."""
         name = f"{self.half.writer}.weight"
-        fitted, *errors = problem.ridge(weights[name], self.ridge)
+        fitted, error_before, error_after = problem.ridge(weights[name], self.ridge)
         weights[name] = fitted.to(weights[name])
         if self.half.after:
             x_of = self.writer_inputs(weights, kind)
@@ -174,7 +176,7 @@ class HalfFit:
                 fitted = self.build_problem(weights, x_of).ridge(weights[name], self.ridge).weight
                 weights[name] = fitted.to(weights[name])
             weights[f"{self.half.after}.weight"] = self._fitted_gain(weights, x_of)
-        return FittedHalf(weights, kept, *errors)
+        return FittedHalf(weights, kept, error_before, error_after)
 
     def _fitted_gain(self, weights: Weights, x_of: WriterInputs) -> Tensor:
         """The gains of the norm, by ridge regression of each channel by itself."""
@@ -196,6 +198,15 @@ class HalfFit:
 
     def _mean_square(self, written: Tensor) -> Tensor:
         return written.square().mean(-1) + self.decoder.config.rms_norm_eps
+
+
+def maps_to(fit: HalfFit, read: Sequence[States], like: Tensor) -> list[Tensor]:
+    """Maps from what the half that is made reads to what others read in front of it, on the device of `like`."""
+    hidden = fit.decoder.config.hidden_size
+    problem = empty_problem(fit.decoder, (len(read) * hidden, hidden), like, fit.solver)
+    for state, *targets in zip(fit.states, *read, strict=True):
+        add_to_maps(problem, fit.decoder, fit.half, state, targets)
+    return [input_map.to(like.device) for input_map in solve_maps(problem, fit.ridge)]
 
 
 def token_weights(decoder: Decoder, states: Tensor) -> Tensor:

@@ -5,13 +5,12 @@ Weights have the names of `Family.unpacked` here, and norms' gains are what they
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers.activations import ACT2FN
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Half, Kind, Weights
@@ -55,6 +54,8 @@ def stacked(half: Half, layers: Sequence[Weights], sizes: Tensor | None) -> dict
         for name in (f"{reader}.weight", f"{reader}.bias"):
             if name in layers[0]:
                 wide[name] = torch.cat([layer[name] for layer in layers])
+    for name in half.of_heads:
+        wide[name] = torch.cat([layer[name] for layer in layers])
     return wide
 
 
@@ -93,6 +94,15 @@ def build_layer(decoder: Decoder, weights: Weights, kind: Kind) -> DecoderLayer:
     return layer.eval().requires_grad_(False)
 
 
+def build_module(decoder: Decoder, name: str, weights: Weights) -> Any:
+    """A module of a decoder layer, by its name there, of given weights."""
+    family, begins = decoder.family, f"{name}."
+    module = family.new_layer(decoder.config, family.config_kinds(decoder.config)[0]).get_submodule(name)
+    own = {key.removeprefix(begins): tensor for key, tensor in weights.items() if key.startswith(begins)}
+    module.load_state_dict(own, assign=True)
+    return module.eval().requires_grad_(False)
+
+
 def normalized(decoder: Decoder, half: Half, states: Tensor) -> Tensor:
     """States as the readers of a half read them, but for gains: as a norm without them gives them, if there is one."""
     if half.before is None:
@@ -107,7 +117,8 @@ def written_by(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor)
     read = layer.get_submodule(half.before)(state) if half.before else state
     module, family = layer.get_submodule(half.module), decoder.family
     if half is family.mlp:
-        return module(read)
+        written = module(read)
+        return written[0] if isinstance(written, tuple) else written  # beside which some routers' choices are
     inputs = decoder.layer_inputs(state, layer)
     if half is family.delta_net:
         return module(read, attention_mask=inputs["attention_mask"])
@@ -146,11 +157,8 @@ def mlp_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor
 def combined_channels(decoder: Decoder, weights: Weights, read: Tensor) -> Tensor:
     """The same from what its readers read, of shape (tokens T, hidden)."""
     family = decoder.family
-    first, *others = (
-        linear(read, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in family.mlp.readers
-    )
-    activated: Tensor = ACT2FN[getattr(decoder.config, family.activation)](first)
-    return math.prod(others, start=activated)
+    parts = (linear(read, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in family.mlp.readers)
+    return family.activated(decoder.config, *parts)
 
 
 def selected(half: Half, weights: Weights, *rows: Tensor | slice) -> dict[str, Tensor]:
@@ -162,6 +170,9 @@ def selected(half: Half, weights: Weights, *rows: Tensor | slice) -> dict[str, T
                 selection[name] = weights[name][chosen]
     writer = f"{half.writer}.weight"
     selection[writer] = weights[writer][:, rows[0]]
+    for name in half.of_heads:
+        each = weights[writer].shape[1] // len(weights[name])  # channels of a head
+        selection[name] = weights[name].repeat_interleave(each)[rows[0]][::each]
     return selection
 
 

@@ -152,16 +152,16 @@ class Regression(LeastSquares):
             end = first + _GRAM_ROWS
             self.gram[end:, first:end] = self.gram[first:end, end:].T
 
-    def ridge(self, start: Tensor | None, strength: float) -> Solution:
-        """The W that minimises sum |y - W x|^2 + pull * |W - start|^2, where pull = strength * mean(diag(gram)).
+    def ridge(self, start: Tensor | None, strength: float, scale: Tensor | None = None) -> Solution:
+        """The W that minimises sum |y - W x|^2 + pull * |W - start|^2, where pull = strength * scale.
 
-        `start`, of shape (outputs d, inputs m), is where the penalty pulls to, and None stands for 0. The squared
-        errors need no product with the gram matrix but that of the solution: with R = cross - start gram, and
-        W gram = cross - pull (W - start), they are energy - <cross + R, start> and
-        energy - <cross + pull (W - start), W>.
+        `start`, of shape (outputs d, inputs m), is where the penalty pulls to, and None stands for 0. `scale` is
+        mean(diag(gram)), or that of a problem which this one is a part of. The squared errors need no product with the
+        gram matrix but that of the solution: with R = cross - start gram, and W gram = cross - pull (W - start), they
+        are energy - <cross + R, start> and energy - <cross + pull (W - start), W>.
         """
         weight = torch.zeros_like(self.cross) if start is None else self.wide(start)
-        pull = strength * self.gram.diagonal().mean() + _TINY
+        pull = strength * (self.gram.diagonal().mean() if scale is None else scale.to(self.device)) + _TINY
         factor = self._factor(pull)
         residual = self.cross.clone()  # (d, m)
         if start is not None:
@@ -245,9 +245,9 @@ class DualRegression(LeastSquares):
         self._y = torch.cat([y for _, y in self._parts], dim=1)  # (outputs d, tokens T)
         self._parts.clear()
 
-    def ridge(self, start: Tensor | None, strength: float) -> Solution:
+    def ridge(self, start: Tensor | None, strength: float, scale: Tensor | None = None) -> Solution:
         weight = None if start is None else self.wide(start)
-        pull = self._pull(strength)
+        pull = self._pull(strength) if scale is None else strength * scale.to(self.device) + _TINY
         _, missed, left = self._solved(weight, pull, self.solver.dtype(len(self._x)))
         change = self._change(left, pull)
         weight = change if weight is None else weight.add_(change)

@@ -125,5 +125,5 @@ def tuning(setup: Setup, tokens: int, length: int) -> tuple[int, Work]:
     """Bytes and work of the training of one layer on tokens in sequences of `length`."""
     shape, passes = setup.shape, num_passes(tokens)
     inside = TRAINED_BYTES * shape.layer + max(STEP_TOKENS, length) * activation_bytes(shape)
-    work = Work(layer=5 * shape.layer * passes * tokens)  # some gradients of what it reads are not needed
+    work = Work(layer=5 * shape.active * passes * tokens)  # some gradients of what it reads are not needed
     return inside, work + Work(bytes=passes * tokens // STEP_TOKENS * STEP_BYTES * shape.layer)

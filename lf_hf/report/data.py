@@ -44,6 +44,8 @@ class FusedLayer:
         Of fits: squared relative error on held-out text, a mean over channels, and of each sequence's first token.
     layer_instead : int or None
         The layer of the group that has a lower error as it is, and was taken instead of the fit.
+    experts_unreached : int
+        Of fits: experts that no token of the text was given to; they stay as they were.
     """
 
     layers: list[int]
@@ -59,6 +61,7 @@ class FusedLayer:
     held_out_error: float | None = None
     first_token_error: float | None = None
     layer_instead: int | None = None
+    experts_unreached: int = 0
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -82,6 +85,8 @@ class FusedLayer:
             parts.append(f"MLP channels {_listed(self.layers, self.channels_kept)}")
         if self.layer_instead is not None:
             parts.append(f"layer {self.layer_instead} taken as it is")
+        if self.experts_unreached:
+            parts.append(f"{self.experts_unreached} experts that no text reached stay as they were")
         if self.cost is not None:
             parts.append(f"costs {self.cost:.4f} nats a token by itself")
         if self.error_before is not None and self.error_after is not None:

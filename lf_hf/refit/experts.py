@@ -1,0 +1,176 @@
+"""The fit of layers with experts: one layer's router and experts stand for a group's, and what they write is fitted.
+
+An expert e writes p_e(u) D_e h_e(u) for the tokens u that the router gives it. So what all of them write is linear in
+all D_e together, and they are fitted as one least-squares problem, with one penalty: experts that few tokens reach stay
+nearly as they were. Its sums over tokens would be too large to keep, so it is solved expert by expert, each to what the
+others leave (block Gauss-Seidel); after two sweeps over the experts little is left to gain.
+
+The layer whose router and experts are kept is the one whose experts come nearest after the first sweep.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lf_hf.families.table import Weights
+from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, maps_to, token_weights
+from lf_hf.refit.layer_parts import build_module, folded, normalized
+from lf_hf.refit.regression import DualRegression, Regression
+from lf_hf.refit.states import States, drained
+from lf_hf.runtime.amounts import solved_in_tokens
+from lf_hf.runtime.numerics import in_float64
+
+
+def fit_experts(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) -> FittedHalf:
+    """The experts of a group's layers as one layer's.
+
+    `group` has the layers' weights, and `read` the streams in front of their experts.
+    """
+    maps = maps_to(fit, [*drained(read)], group[0][f"{fit.half.writer}.weight"])
+    tokens = _Tokens.of(fit)
+    best: tuple[float, int, _Mixture] | None = None
+    for number, (weights, input_map) in enumerate(zip(drained(group), drained(maps), strict=True)):
+        mixture = _Mixture(fit, folded(fit.half, weights, input_map), tokens)
+        mixture.sweep()
+        error = float(mixture.error)
+        if best is None or error < best[0]:
+            best = error, number, mixture
+        count = number + 1
+    assert best is not None
+    _, number, mixture = best
+    if not fit.solver.rough_tokens:
+        mixture.sweep()
+    kept = torch.zeros(count, dtype=torch.int64)
+    kept[number] = mixture.num_channels
+    return FittedHalf(mixture.weights, kept, mixture.error_before, mixture.error, mixture.unreached)
+
+
+class _Tokens(NamedTuple):
+    """What the equations are of: tokens T of all text."""
+
+    read: Tensor  # what router and experts read, (T, hidden)
+    target: Tensor  # what the half should write, float32 of (T, hidden)
+    weight: Tensor  # (T,)
+
+    @classmethod
+    def of(cls, fit: HalfFit) -> _Tokens:
+        read, target, weight = [], [], []
+        for state, after in zip(fit.states, fit.targets, strict=True):
+            read.append(normalized(fit.decoder, fit.half, state).flatten(0, 1))
+            target.append(fit.residual_update(after, state).float())
+            weight.append(token_weights(fit.decoder, after))
+        return cls(torch.cat(read), torch.cat(target), torch.cat(weight))
+
+
+class _Block(NamedTuple):
+    """An expert, or an MLP beside experts that works on all tokens."""
+
+    readers: list[tuple[Tensor, Tensor | None]]  # weights (channels, hidden) and biases
+    writer: Tensor  # (hidden, channels): a view of what is fitted
+    start: Tensor  # as it was
+    bias: Tensor | None  # of the writer
+    tokens: Tensor  # numbers of those that it works on, (n,)
+    shares: Tensor  # float32, which what it writes for each is multiplied by, (n,)
+
+
+def _block(weights: Weights, module: str, start: Tensor, tokens: Tensor, shares: Tensor) -> _Block:
+    readers, writer = (f"{module}.gate_proj", f"{module}.up_proj"), f"{module}.down_proj"
+    pairs = [(weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in readers]
+    return _Block(pairs, weights[f"{writer}.weight"], start, weights.get(f"{writer}.bias"), tokens, shares)
+
+
+class _Mixture:
+    """One layer's experts, as they are fitted, and what they leave of the target.
+
+    `unreached` counts the experts that no token is given to, and `num_channels` those of all of them.
+    """
+
+    def __init__(self, fit: HalfFit, weights: Weights, tokens: _Tokens) -> None:
+        names = fit.half.parameter_names
+        self.weights = {name: weight for name, weight in weights.items() if name in names}
+        self._fit, self._tokens = fit, tokens
+        self._blocks = sorted(self._make_blocks(), key=lambda block: -len(block.tokens))  # busiest first
+        self.unreached = sum(len(block.tokens) == 0 for block in self._blocks)
+        self.num_channels = sum(block.writer.shape[1] for block in self._blocks)
+        self._left = tokens.target.clone()
+        squares = torch.zeros((), device=self._left.device)
+        for block in self._blocks:
+            x = self._channels(block)
+            self._write(block, x, alpha=-1)
+            if block.bias is not None:
+                self._left.index_add_(0, block.tokens, block.shares[:, None] * block.bias.float(), alpha=-1)
+            squares += tokens.weight[block.tokens] @ torch.linalg.vecdot(x, x)
+        self._scale = squares / self.num_channels  # the mean of the diagonal of the gram matrix of all channels
+        self.error_before = self.error
+
+    def _make_blocks(self) -> list[_Block]:
+        fit, weights, read = self._fit, self.weights, self._tokens.read
+        experts = fit.half.experts
+        assert experts is not None
+        _, shares, chosen = build_module(fit.decoder, experts.router, weights)(read)  # the last two (T, chosen)
+        given = chosen.flatten()
+        order = given.argsort(stable=True)  # what each expert is given, one after the other
+        sizes = torch.bincount(given, minlength=getattr(fit.decoder.config, experts.count)).tolist()
+        tokens = (order // chosen.shape[1]).split(sizes)
+        shares = shares.flatten()[order].float().split(sizes)
+        start = self._to_fit(experts.module)
+        blocks = []
+        for number, of_expert in enumerate(zip(tokens, shares, strict=True)):
+            own = {name: weight[number] for name, weight in weights.items() if name.startswith(experts.module)}
+            blocks.append(_block(own, experts.module, start[number], *of_expert))
+        if experts.shared:
+            share = linear(read, weights[f"{experts.shared_gate}.weight"]).sigmoid().float()
+            tokens = torch.arange(len(read), device=read.device)
+            blocks.append(_block(weights, experts.shared, self._to_fit(experts.shared), tokens, share[:, 0]))
+        return blocks
+
+    def _to_fit(self, module: str) -> Tensor:
+        """What a module writes with, as it was; what is fitted is a copy in its place."""
+        name = f"{module}.down_proj.weight"
+        start = self.weights[name]
+        self.weights[name] = start.clone(memory_format=torch.contiguous_format)
+        return start
+
+    def sweep(self) -> None:
+        """Fit each expert to what all others leave."""
+        for block in self._blocks:
+            if len(block.tokens) == 0:
+                continue
+            x = self._channels(block)
+            self._write(block, x, alpha=1)
+            problem = self._problem(block)
+            problem.add(x, self._left[block.tokens], self._tokens.weight[block.tokens])
+            problem.complete()
+            block.writer.copy_(problem.ridge(block.start, self._fit.ridge, self._scale).weight)
+            self._write(block, x, alpha=-1)
+
+    @property
+    def error(self) -> Tensor:
+        """Weighted sum of the squares of what is left, over that of the target: float64 of shape ()."""
+        left, target = (
+            in_float64(self._tokens.weight) @ in_float64(torch.linalg.vecdot(part, part))
+            for part in (self._left, self._tokens.target)
+        )
+        return left / target.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _channels(self, block: _Block) -> Tensor:
+        """What a block's writer reads, times its shares: float32 of (n, channels)."""
+        read, decoder = self._tokens.read[block.tokens], self._fit.decoder
+        parts = (linear(read, weight, bias) for weight, bias in block.readers)
+        return decoder.family.activated(decoder.config, *parts).float() * block.shares[:, None]
+
+    def _write(self, block: _Block, x: Tensor, alpha: int) -> None:
+        """Add what a block writes to what is left, or take it from that."""
+        self._left.index_add_(0, block.tokens, linear(x, block.writer.float()), alpha=alpha)
+
+    def _problem(self, block: _Block) -> Problem:
+        """In tokens where they are few: so is that of an expert that hardly any are given to."""
+        outputs, inputs = block.writer.shape
+        device, dtype, solver = block.writer.device, block.writer.dtype, self._fit.solver
+        if solved_in_tokens(len(block.tokens), inputs):
+            return DualRegression(device, dtype, solver)
+        return Regression(inputs, outputs, device, dtype, solver)
