@@ -173,7 +173,7 @@ def fuse(base: str, out: str, overwrite: bool, dry_run: bool, **given: Any) -> N
         show(_with_options(plan_fusion(inputs, out, overwrite=overwrite).summary()))
         return
     # Their notes stand below the table.
-    with _without_warnings("lf_hf.measure.dense", "lf_hf.pipeline", "lf_hf.healing.result"):
+    with _without_warnings("lf_hf.measure.dense", "lf_hf.pipeline.run", "lf_hf.healing.result"):
         report = lf_hf.fuse_checkpoint(opened, out, config, overwrite=overwrite, calibration=calibration)
     if not speaks():
         return

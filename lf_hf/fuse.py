@@ -141,7 +141,7 @@ def _kept_in(folder: Path, inputs: FusionInputs) -> FusedForCausalLM:
             logger.warning(f"{reason} Fusing, to replace it.")
         run.make_result(inputs, folder, overwrite=True, wait=True)
     plan = planning.plan_run(inputs.base, FusionConfig(1, "truncate", perplexity_tokens=0), None)
-    model = inputs.load_made(folder, plan.place)
+    model = inputs.load_made(folder, plan.placing)
     report, asked = model.report, inputs.config.to_dict()
     judged_with = [f"{name}={report.config[name]}" for name in JUDGING if report.config[name] != asked[name]]
     if judged_with:

@@ -109,7 +109,7 @@ def from_folder_to_folder(at: Places, **kwargs: Any) -> Any:
 
 
 def settings(at: Places, **kwargs: Any) -> Any:
-    return FusionConfig.from_kwargs(**{"num_fusions": 1} | kwargs)
+    return FusionConfig(**{"num_fusions": 1} | kwargs)
 
 
 def lm_eval(at: Places, arguments: str) -> Any:

@@ -215,13 +215,14 @@ def test_tokens_follow_from_the_models_width(
 
 def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:
     config = FusionConfig(num_fusions=4, kernel_scale=2.5, rank_normalize=False, method="mka")
-    strings = {name: str(value) for name, value in config.to_dict().items() if value is not None}
-    assert FusionConfig.from_kwargs(**strings) == config
+    strings: Any = {name: str(value) for name, value in config.to_dict().items() if value is not None}
+    assert FusionConfig(**strings) == config
     assert FusionConfig(**json.loads(json.dumps(config.to_dict()))) == config
-    numbers = {"num_fusions": np.int64(4), "kernel_scale": np.float32(2.5), "rank_normalize": np.False_}
-    given = FusionConfig.from_kwargs(**numbers, method="mka").to_dict()
+    numbers: Any = {"num_fusions": np.int64(4), "kernel_scale": np.float32(2.5), "rank_normalize": np.False_}
+    given = FusionConfig(**numbers, method="mka").to_dict()
     assert given == config.to_dict() and json.dumps(given)  # of numpy's numbers there are none left
-    assert HealSettings.from_kwargs(train="lora", tokens="2048") == HealSettings(train="lora", tokens=2048)
+    tokens: Any = "2048"
+    assert HealSettings(train="lora", tokens=tokens) == HealSettings(train="lora", tokens=2048)
 
 
 def test_a_field_given_over_settings_brings_its_method_and_level_and_none_is_not_given() -> None:

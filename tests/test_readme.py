@@ -109,7 +109,7 @@ def check_lf_hf(arguments: list[str]) -> None:
     if isinstance(settings.get("num_fusions"), list) or not settings.keys() & {*LEVELS, "num_fusions"}:
         settings["num_fusions"] = 1  # a sweep has several, and other commands none
     for method in params.get("methods") or [params.get("method") or "mka"]:
-        FusionConfig.from_kwargs(**settings | {"method": method})
+        FusionConfig(**settings | {"method": method})
 
 
 def anchors(page: Path) -> set[str]:

@@ -136,7 +136,7 @@ def _configs(
             raise ValueError(f"{name} must be a list with one entry at least, got {values!r:.80}.")
     configs = []
     for method, level in product(methods, num_fusions):
-        config = for_model(FusionConfig.from_kwargs(**settings | {"num_fusions": level, "method": method}), base)
+        config = for_model(FusionConfig(**settings | {"num_fusions": level, "method": method}), base)
         if method != "healed":
             configs.append(replace(config, heal_tokens=0))
         configs.append(config)

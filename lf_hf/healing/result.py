@@ -12,8 +12,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.teacher import Teacher
 from lf_hf.measure.judge import compare_continuations, judge
 from lf_hf.report.data import HealingInfo
-from lf_hf.report.notes import damage_notes
-from lf_hf.report.report import FusionReport
+from lf_hf.report.report import FusionReport, damage_notes
 from lf_hf.runtime.numerics import weights_digest
 
 logger = logging.get_logger(__name__)

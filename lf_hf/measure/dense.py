@@ -16,7 +16,7 @@ from lf_hf.decoder.demand import Need, Setup, Work
 from lf_hf.decoder.placement import distinct_parameters
 from lf_hf.measure.check import check_model
 from lf_hf.measure.generating import text_writer, writing
-from lf_hf.measure.judge import Judged, judge_dense, judging_dense, write_continuations
+from lf_hf.measure.judge import Judged, judge_dense, judging, write_continuations
 from lf_hf.report.data import CalibrationInfo, MadeLayer
 from lf_hf.runtime.amounts import JUDGING_LENGTH, MIXTURE_SHARE, PERPLEXITY_LENGTH, WRITTEN_LENGTH
 from lf_hf.runtime.clock import Clock
@@ -103,17 +103,8 @@ class Measurements:
         return replace(self, similarity=similarity, text=self.text if config.needs_text else None)
 
     @property
-    def sources(self) -> list[CalibrationInfo]:
-        """Where the calibration text came from."""
-        return [used.source for used in self._on_text]
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know of all that was measured, one sentence each."""
-        return [note for used in self._on_text for note in used.notes]
-
-    @property
-    def _on_text(self) -> list[Similarity | CalibrationText]:
+    def on_text(self) -> list[Similarity | CalibrationText]:
+        """What comes of calibration text."""
         return [used for used in (self.similarity, self.text) if used is not None]
 
 
@@ -221,7 +212,7 @@ def tokenize_corpus(
 
 def measuring(setup: Setup, config: FusionConfig) -> Need:
     """What `measure` takes: judging, samples to compare layers on, and text that the model writes."""
-    judged = judging_dense(setup, config.perplexity_tokens)
+    judged = judging(setup, config.perplexity_tokens, 0, models=1)
     samples = _SAMPLES * _SAMPLE_LENGTH * config.averages
     written = writing(setup, config.calibration_tokens * MIXTURE_SHARE) if config.needs_text else Need(0, 0, Work())
     inside = max(judged.inside, setup.running(PERPLEXITY_LENGTH, samples), written.inside)

@@ -173,16 +173,11 @@ def _next_logits(decoder: Decoder, head: Head, cache: DynamicCache, tokens: Tens
 def writing(setup: Setup, tokens: float) -> Need:
     """What it takes to write so many tokens by `generate`."""
     rows = int(tokens) // WRITTEN_LENGTH
-    together = _written(setup, min(rows, WRITTEN_TOGETHER), WRITTEN_LENGTH)
+    together = written(setup, min(rows, WRITTEN_TOGETHER), WRITTEN_LENGTH)
     return replace(together, work=times(together.work, max(1, rows / WRITTEN_TOGETHER)))
 
 
-def continuing(setup: Setup, prompts: int, steps: int) -> Work:
-    """Of what a model adds to some prompts, which it does where no weights lie on a disk."""
-    return Work() if setup.on_disk else _written(setup, prompts, steps).work
-
-
-def _written(setup: Setup, rows: int, steps: int) -> Need:
+def written(setup: Setup, rows: int, steps: int) -> Need:
     """Of text that a model writes, `rows` sequences together: the cache, logits, and a softmax in float32."""
     shape = setup.shape
     of_layer = rows * steps * 2 * shape.keys * shape.size

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.demand import Need, Setup
-from lf_hf.measure.generating import continue_prompts, continuing, end_ids
+from lf_hf.measure.generating import continue_prompts, end_ids, written
 from lf_hf.measure.predictions import final_states, logits_bytes, predictions
 from lf_hf.report.data import Continuation, PerplexityInfo
 from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
@@ -78,8 +78,8 @@ def write_continuations(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) ->
         stop.add(form.replied[0])
     added = continue_prompts(decoder, [torch.tensor(ids) for ids in prompts.values()], CONTINUED_LENGTH)
     texts = {}
-    for (prompt, ids), written in zip(prompts.items(), added, strict=True):
-        kept = list(itertools.takewhile(lambda token: token not in stop, written.tolist()))
+    for (prompt, ids), following in zip(prompts.items(), added, strict=True):
+        kept = list(itertools.takewhile(lambda token: token not in stop, following.tolist()))
         # Many tokenizers take a space off the beginning of what they decode.
         before, whole = (str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in (ids, [*ids, *kept]))
         texts[prompt] = whole[len(before) :]
@@ -104,21 +104,15 @@ def compare_continuations(
     return [Continuation(prompt, text, fused[prompt]) for prompt, text in dense.items() if prompt in fused]
 
 
-def judging_dense(setup: Setup, tokens: int) -> Need:
-    """What it takes to judge the dense model on so many tokens of each text, and to have it continue prompts."""
-    return _judging(setup, tokens, setup.shape.layers, models=1)
+def judging(setup: Setup, tokens: int, fusions: int, models: int) -> Need:
+    """What it takes to judge a model on so many tokens of each text, and to have it continue prompts.
 
-
-def judging(setup: Setup, tokens: int, fusions: int) -> Need:
-    """The same of the fused model, beside the dense one's final states."""
-    return _judging(setup, tokens, setup.shape.layers - fusions, models=2)
-
-
-def _judging(setup: Setup, tokens: int, layers: int, models: int) -> Need:
+    `models`: 1 for the dense one, and 2 for a fused one, beside the dense one's final states.
+    """
     inside = setup.running(PERPLEXITY_LENGTH, tokens)
     inside += logits_bytes(setup, setup.batch(PERPLEXITY_LENGTH, tokens), models)
     judged = _TEXTS * tokens
-    work = setup.forward(judged, layers) + setup.head(judged, models)
-    if tokens:
-        work += continuing(setup, len(PROMPTS) + 1, CONTINUED_LENGTH)  # and a question
+    work = setup.forward(judged, setup.shape.layers - fusions) + setup.head(judged, models)
+    if tokens and not setup.on_disk:
+        work += written(setup, len(PROMPTS) + 1, CONTINUED_LENGTH).work  # and a question
     return Need(inside, models * setup.states(judged), work)

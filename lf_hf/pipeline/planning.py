@@ -219,7 +219,7 @@ def _phases(fusion: FusionConfig, healing: HealSettings | None, setup: Setup) ->
     if fusion.needs_text:
         phases["choose"] = choosing(setup, fusion)
     phases["make"] = MAKING[fusion.method].count(setup, fusion)
-    phases["judge"] = judging(setup, fusion.perplexity_tokens, fusion.least_fusions)
+    phases["judge"] = judging(setup, fusion.perplexity_tokens, fusion.least_fusions, models=2)
     if healing is not None:
         phases["teach"] = teaching(setup, healing)
     return phases
@@ -247,7 +247,7 @@ def open_decoder(base: Base, plan: Plan, scratch: Path | None = None) -> Decoder
 
     Without one that is in a folder for temporary files, which goes with the model.
     """
-    placing: dict[str, Any] = {"device_map": plan.place, "max_memory": None}
+    placing: dict[str, Any] = {"device_map": plan.placing, "max_memory": None}
     folder = None
     if plan.uses_disk:
         folder = scratch or Path(tempfile.mkdtemp())
@@ -257,7 +257,7 @@ def open_decoder(base: Base, plan: Plan, scratch: Path | None = None) -> Decoder
     if folder is not None and scratch is None:
         weakref.finalize(decoder.model, shutil.rmtree, folder, ignore_errors=True)
     decoder.batch_bytes = plan.batch_bytes
-    decoder.resting_place = plan.states
+    decoder.resting_place = plan.resting_place
     decoder.scratch = folder
     decoder.longest_group = plan.longest
     return decoder

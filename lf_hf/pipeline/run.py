@@ -50,8 +50,7 @@ from lf_hf.pipeline.identity import why_not_reused
 from lf_hf.pipeline.planning import following, fusion_plan, healing_plan, open_decoder
 from lf_hf.plan.plan import Plan
 from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo
-from lf_hf.report.notes import damage_notes
-from lf_hf.report.report import FusionReport, published_name, versions
+from lf_hf.report.report import FusionReport, damage_notes, published_name, versions
 from lf_hf.runtime.amounts import MAX_SHARD_BYTES
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.launch import compute_once, rank
@@ -235,7 +234,7 @@ def fuse(
         layers_after=decoder.num_layers,
         parameters_before=measured.parameters,
         parameters_after=measured.parameters - num_parameters + decoder.num_parameters,
-        calibration=measured.sources,
+        calibration=[used.source for used in measured.on_text],
         perplexities=perplexities,
         similarity=similarity and similarity.matrix.tolist(),
         embeddings=similarity and similarity.embeddings.tolist(),
@@ -281,7 +280,7 @@ def _notes(
     continuations: Sequence[Continuation],
 ) -> list[str]:
     """What a user should know, one sentence each."""
-    notes = measured.notes
+    notes = [note for used in measured.on_text for note in used.notes]
     if config.perplexity_tokens and not perplexities:
         notes.append("No perplexity: this Python comes without the texts that it is measured on.")
         logger.warning(notes[-1])

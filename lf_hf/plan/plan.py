@@ -81,7 +81,7 @@ class Plan:
     machine: Machine
     device_map: dict[str, str | int] | None  # for from_pretrained; None: whole on one device
     batch_bytes: int
-    states: Literal["device", "host", "disk"]
+    resting_place: Literal["device", "host", "disk"]  # of lists of hidden states
     longest: int  # layers that may become one, where groups are chosen by cost
     healing: HealingPlan | None
     parameters: tuple[int, int]
@@ -97,33 +97,23 @@ class Plan:
         return self.machine.device
 
     @property
-    def place(self) -> dict[str, str | int] | str | None:
+    def placing(self) -> dict[str, str | int] | str | None:
         """Where the weights go, as from_pretrained's `device_map`. Raises ValueError for another machine."""
         if not self.machine.is_here:
             raise ValueError(
                 f"max_memory names {self.device}, which this machine does not have; a dry run plans for other machines."
             )
-        return self.device_map or self.one_place
-
-    @property
-    def one_place(self) -> str | None:
-        """Where a model lies whole, as from_pretrained's `device_map`: where layers compute."""
-        return self.device if self.machine.has_card else None
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether weights lie on several cards."""
-        return len(self.weights.keys() - {"cpu", "disk"}) > 1
+        return self.device_map or (self.device if self.machine.has_card else None)
 
     @property
     def uses_disk(self) -> bool:
         """Whether something lies on a disk while layers are used."""
-        return self.states == "disk" or "disk" in self.weights
+        return self.resting_place == "disk" or "disk" in self.weights
 
     def lines(self) -> list[str]:
         """All of it, for people."""
         where = ", ".join(f"{in_gib(size)} on {place}" for place, size in self.weights.items() if size)
-        states = {"device": f"on {self.device}", "host": "in memory", "disk": "on disk"}[self.states]
+        states = {"device": f"on {self.device}", "host": "in memory", "disk": "on disk"}[self.resting_place]
         lines = [f"weights: {where}; hidden states {states}"]
         if self.healing is not None:
             lines.append(f"training: {self.healing.why}")
@@ -167,9 +157,9 @@ def plan(
     steps = training and training(shape, own + phases.least)
     if own + phases.least > free:
         raise NoRoom("a run with all weights elsewhere", machine, own + phases.least, device)
-    states = _place_of_states(phases, free - own, machine.free.get("cpu", 0))
-    room = own + phases.most(states)
-    in_memory = PYTHON + CONTEXT + max(phases.written, phases.lists * (states == "host"))  # beside a card
+    resting_place = _place_of_states(phases, free - own, machine.free.get("cpu", 0))
+    room = own + phases.most(resting_place)
+    in_memory = PYTHON + CONTEXT + max(phases.written, phases.lists * (resting_place == "host"))  # beside a card
     if device_map is None and shape.bytes + room > free:
         room = max(room + phases.passing, own + phases.written)
         device_map = _placed(model, dtype, machine, room, in_memory)
@@ -178,7 +168,7 @@ def plan(
     lies_elsewhere = weights.keys() != {device}
     beside = own + weights.get(device, 0)
     taken = {
-        name: beside + phases.passing * lies_elsewhere + need.inside + need.lists * (states == "device")
+        name: beside + phases.passing * lies_elsewhere + need.inside + need.lists * (resting_place == "device")
         for name, need in phases.needs.items()
     }
     work = {name: need.work for name, need in phases.needs.items()}
@@ -197,7 +187,7 @@ def plan(
     for place in peak.keys() & machine.free.keys():
         if peak[place] > machine.free[place]:
             raise NoRoom("a run", machine, peak[place], place)
-    disk = made + max(phases.lists * (states == "disk"), in_training) + weights.get("disk", 0)
+    disk = made + max(phases.lists * (resting_place == "disk"), in_training) + weights.get("disk", 0)
     if device_map and machine.has_card and not weights.keys() - {"cpu", "disk"}:
         device_map = _with_norm_on(device, model, device_map)
     setup, minutes = phases.setup, _minutes(work, rates)
@@ -205,7 +195,7 @@ def plan(
         machine=machine,
         device_map=device_map,
         batch_bytes=setup.batch_bytes,
-        states=states,
+        resting_place=resting_place,
         longest=setup.longest,
         healing=steps,
         parameters=parameters,
@@ -256,9 +246,9 @@ class _Phases:
         """The most bytes of lists of states."""
         return max(need.lists for need in self.needs.values())
 
-    def most(self, states: str) -> int:
+    def most(self, resting_place: str) -> int:
         """The most bytes of a phase, with lists of states where these are on the "device"."""
-        return max(need.inside + need.lists * (states == "device") for need in self.needs.values())
+        return max(need.inside + need.lists * (resting_place == "device") for need in self.needs.values())
 
 
 def _minutes(work: Mapping[str, Work], rates: Callable[[], Rates] | None) -> dict[str, float] | None:

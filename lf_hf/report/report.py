@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,13 +27,13 @@ from lf_hf.report.data import (
     SpeedInfo,
 )
 from lf_hf.report.figures import FIGURES, dense_figures
-from lf_hf.report.notes import damage_notes
 from lf_hf.report.rows import Row, speed_rows
 from lf_hf.runtime.errors import explained
-from lf_hf.settings import FusionConfig
+from lf_hf.settings import METHODS, FusionConfig
 
 REPORT_NAME, PAGE_NAME = "fusion_report.json", "fusion_report.html"
 MOST_LAYERS = 10_000  # larger counts are errors
+_HARMFUL_RATIO = 2
 CHANGED_NOTE = (
     "The weights were changed after fusing, as by training, by merging an adapter or by another dtype: perplexities "
     "and numbers of parameters are those of the model as it was fused."
@@ -106,7 +107,7 @@ class FusionReport:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that had an effect."""
-        in_effect = FusionConfig.from_kwargs(**self.config).in_effect()
+        in_effect = FusionConfig(**self.config).in_effect()
         return {name: value for name, value in self.config.items() if name in in_effect}
 
     @property
@@ -243,6 +244,28 @@ class FusionReport:
         with explained(f"{str(file)!r} is not JSON", "save the model again", ValueError):
             values = from_json(file.read_bytes())
         return cls.from_dict(values, repr(str(file)))
+
+
+def damage_notes(judged: Sequence[PerplexityInfo], continuations: Sequence[Continuation], method: str) -> list[str]:
+    """Notes about perplexities that more than doubled, and about prompts after which only the base writes something.
+
+    The advice depends on the method that layers were fused by.
+    """
+    notes = []
+    collapsed = [text for text in judged if not text.fused <= _HARMFUL_RATIO * text.dense]  # NaN is harm, too
+    if collapsed:
+        moved = " and ".join(f"from {text.dense:.4g} to {text.fused:.4g} ({text.name})" for text in collapsed)
+        notes.append(
+            f"Perplexity went {moved}: the fused model predicts text far worse than its base, even where "
+            f"multiple-choice scores look fine. {METHODS[method].advice}"
+        )
+    prompts = [repr(text.prompt) for text in continuations if text.dense.strip() and not text.fused.strip()]
+    if prompts:
+        notes.append(
+            f"The fused model writes nothing where its base goes on, after {', '.join(prompts)}. Fewer fusions help, "
+            "or text of that kind to calibrate and heal on."
+        )
+    return notes
 
 
 def published_name(base: str) -> str:

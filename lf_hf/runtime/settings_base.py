@@ -103,11 +103,6 @@ class Settings:
         return not needed or bool(getattr(self, needed))
 
     @classmethod
-    def from_kwargs(cls: type[SettingsType], **kwargs: Any) -> SettingsType:
-        """The settings; raises ValueError for an unknown name, too, and names the nearest known one."""
-        return cls(**kwargs)
-
-    @classmethod
     def taken_from(cls: type[SettingsType], kwargs: dict[str, Any], settings: SettingsType | None) -> SettingsType:
         """Take the fields out of `kwargs`, and put them in place of those of `settings`.
 

@@ -265,7 +265,7 @@ def fused(case: Case, base: str, waits: Waits) -> Figures:
     CARDS.set_capacity(capacity)
     [plan] = plans
     found |= {"peak": seen.peak, "planned": plan.peak["cuda:0"] - CONTEXT}
-    found |= {"states": plan.states, "weights": [*plan.weights]}
+    found |= {"states": plan.resting_place, "weights": [*plan.weights]}
     return found | waits.take() | {"left": CARDS.live(0) + CARDS.live(1)}
 
 

@@ -36,9 +36,8 @@ from lf_hf.cli import main
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
 from lf_hf.report.data import BudgetInfo, Continuation, FusedLayer, PerplexityInfo, Rate, SpeedInfo
-from lf_hf.report.notes import damage_notes
 from lf_hf.report.page import report_figures, write_page
-from lf_hf.report.report import CHANGED_NOTE, published_name
+from lf_hf.report.report import CHANGED_NOTE, damage_notes, published_name
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import METHODS
 

@@ -29,7 +29,7 @@ from lf_hf.measure.dense import tokenize_corpus
 from lf_hf.measure.generating import generate
 from lf_hf.measure.judge import CONTINUED_LENGTH, write_continuations
 from lf_hf.report.data import Continuation
-from lf_hf.report.notes import damage_notes
+from lf_hf.report.report import damage_notes
 from lf_hf.runtime.tasks import SUBJECTS
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import (
