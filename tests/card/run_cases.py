@@ -259,7 +259,8 @@ def fused(case: Case, base: str, waits: Waits) -> Figures:
         CARDS.set_capacity(plans[-1].machine.free["cuda:0"] - CONTEXT)
         return plans[-1]
 
-    with CARDS.watch() as seen, patch("lf_hf.pipeline.run.fusion_plan", noted):
+    planned = (patch(f"lf_hf.pipeline.{module}.fusion_plan", noted) for module in ("run", "planning"))
+    with CARDS.watch() as seen, next(planned), next(planned):
         found["error"] = error_of(lambda: found.update(outcome(case, base, **placement)))
     found |= {"waits": seen.waits, "weights_read": seen.weights_read, "capacity": CARDS.capacity()}
     CARDS.set_capacity(capacity)
