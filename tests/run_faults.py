@@ -28,8 +28,9 @@ from transformers import Trainer
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.saving import TRAINING, WORK
 from lf_hf.evaluate import evaluation
-from lf_hf.evaluate.points import RESULTS, Score, read_points
+from lf_hf.evaluate.points import Score
 from lf_hf.evaluate.sweep import sweep
+from lf_hf.evaluate.tables import RESULTS, read_points
 from lf_hf.pipeline import run
 
 
@@ -163,7 +164,7 @@ def main(folder: Path) -> None:
     tqdm.set_lock(threading.RLock())
     base = save_base(folder / "base", make_llama(max_position_embeddings=32))
     # Nothing runs in this process but what makes no thread, as it forks.
-    patch("lf_hf.evaluate.results.missing_plot_packages", lambda: "no pictures").start()
+    patch("lf_hf.evaluate.tables.missing_plot_packages", lambda: "no pictures").start()
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]
     settings: dict[str, Any] = {"method": "truncate", "perplexity_tokens": 0, "speed": False}
     fuse = partial(FusedLlamaForCausalLM.from_pretrained_fused, base, **settings)

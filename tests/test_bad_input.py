@@ -172,7 +172,11 @@ ROWS: dict[str, Row] = {
     # from_pretrained_fused, fuse_checkpoint and heal: each proposes its own names
     "too many": (python, {"num_fusions": 10**9}, "num_fusions must be 1 to 4 for a model of 5 layers .*, got 10000"),
     "misspelt": (from_folder_to_folder, {"num_fusionss": 2}, "Unknown argument 'num_fusionss'; did you mean 'num_fus"),
-    "misspelt for heal's base": (healed, {"revison": "main"}, "setting 'revison'; did you mean 'revision'"),
+    "misspelt for heal's base": (
+        healed,
+        {"revison": "main", "reads_base": True},
+        "cannot be loaded .*'revison'.; check the arguments",
+    ),
     "no config": (python, {"config": {"num_fusions": 1}}, r"must be a FusionConfig, got \{'num_f.*; give its"),
     "a base nowhere": (python, {"base": "/no/where"}, "'/no/where', .* there is no such folder, and it cannot"),
     "a dtype that torch lacks": (python, {"dtype": "float33"}, "dtype must be auto, float32, .*, got 'float33'"),

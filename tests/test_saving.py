@@ -40,8 +40,8 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.saving import WORK, locked_folder
-from lf_hf.evaluate.points import RESULTS
 from lf_hf.evaluate.sweep import sweep
+from lf_hf.evaluate.tables import RESULTS
 from lf_hf.pipeline.run import fuse
 from lf_hf.report.report import CHANGED_NOTE
 

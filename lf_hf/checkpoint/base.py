@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
@@ -33,8 +34,8 @@ from lf_hf.checkpoint.saving import PROCESSOR_FILES
 from lf_hf.checkpoint.weights import (
     CHECKPOINT_FILES,
     UNREAD,
+    check_weights,
     local_folder,
-    stored_dtype,
     tensor_types,
     weight_files,
 )
@@ -127,7 +128,7 @@ class Base:
         if dtype := self.dtype or checked_dtype(self.config.dtype):
             return dtype
         stored = [file for file in self.files() if file.suffix == ".safetensors"]
-        return stored_dtype(stored[0]) if stored else torch.float32
+        return str_to_torch_dtype[next(iter(tensor_types(stored[0]).values()))] if stored else torch.float32
 
     @property
     def _weights(self) -> str:
@@ -178,8 +179,7 @@ class Base:
         if self._weights == _SAFETENSORS:
             loading["use_safetensors"] = True
             weights = local_folder(self.name, hub_arguments(self.loading), [_SAFETENSORS])  # which downloads them
-            for file in weight_files(weights, loading.get("variant")):
-                tensor_types(file, plain=self.quantisation is None)
+            check_weights(weights, loading.get("variant"), plain=self.quantisation is None)
             loading.pop("force_download", None)  # as that has fetched them again
         if self.quantisation is not None:
             self.quantisation.check_place(self.name, loading.get("device_map"))

@@ -26,7 +26,7 @@ from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import NOT_KEPT, FusedLlamaConfig, plain_config, register_peft
 from lf_hf.checkpoint.saving import checked_folder
-from lf_hf.checkpoint.weights import tensor_files, weight_files
+from lf_hf.checkpoint.weights import check_weights, weight_files
 from lf_hf.decoder.placement import named_values
 from lf_hf.families.models import auto_class, family_of, is_wrapper, model_class
 from lf_hf.report.report import REPORT_NAME, FusionReport
@@ -110,7 +110,7 @@ class FusedForCausalLM(PreTrainedModel):
             model.processor_files = read_processor_files(name, model.config, hub)
             from_files = kwargs["use_safetensors"] and kwargs.get("state_dict") is None
             if from_files and getattr(model, "hf_quantizer", None) is None:  # quantised weights are integers
-                tensor_files(model._opened_in, variant)
+                check_weights(model._opened_in, variant)
         if name and (file := optional_file(name, REPORT_NAME, hub)):
             try:
                 model.remember(FusionReport.load(file))

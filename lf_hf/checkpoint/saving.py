@@ -56,7 +56,7 @@ def checked_folder(path: object) -> Path:
     return folder
 
 
-def check_target(
+def target_note(
     folder: Path, made_of: Callable[[], Mapping[str, str]], *sources: Path | None, overwrite: bool
 ) -> str | None:
     """What is to be known of what a folder holds, in which a run is to put its result: one sentence, or nothing.
@@ -123,7 +123,7 @@ def run_folder(
     """Begin a run in the folder of its result, which is locked; what it keeps goes into `WORK` there.
 
     Gives False where an earlier run of the same was killed as it ended, and all is done now. What an earlier run of the
-    same left is there to go on from. Raises the errors of `check_target`.
+    same left is there to go on from. Raises the errors of `target_note`.
     """
     work = folder / WORK
     with locked_folder(folder, wait=wait):
@@ -132,7 +132,7 @@ def run_folder(
             if FusionReport.load(folder).fingerprints == made_of:
                 yield False
                 return
-        check_target(folder, lambda: made_of, *sources, overwrite=overwrite)
+        target_note(folder, lambda: made_of, *sources, overwrite=overwrite)
         if not _goes_on(work, made_of):
             _clear(work)
         with writing(folder):

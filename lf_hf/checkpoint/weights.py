@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from pydantic_core import from_json
 from safetensors import safe_open
-from transformers.modeling_utils import _add_variant, str_to_torch_dtype
+from transformers.modeling_utils import _add_variant
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.runtime.errors import explained
@@ -42,12 +41,10 @@ def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
     return Path(snapshot_download(base, allow_patterns=wanted, ignore_patterns=unwanted, **where), subfolder)
 
 
-def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
-    """For each tensor of a checkpoint the file that holds it.
-
-    Raises ValueError as `weight_files` does, and if a file is missing, damaged or not of plain floats.
-    """
-    return {name: file for file in weight_files(folder, variant) for name in tensor_types(file)}
+def check_weights(folder: Path, variant: str | None = None, *, plain: bool = True) -> None:
+    """Raise the errors of `weight_files`, and for each file those of `tensor_types`."""
+    for file in weight_files(folder, variant):
+        tensor_types(file, plain=plain)
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -81,11 +78,6 @@ def _shard_names(index: Path) -> set[str]:
                 "read, so repair the index."
             )
     return names
-
-
-def stored_dtype(file: Path) -> torch.dtype:
-    """The type of the first tensor in a safetensors file, from its header; errors are those of `tensor_types`."""
-    return str_to_torch_dtype[next(iter(tensor_types(file).values()))]
 
 
 def tensor_types(file: Path, *, plain: bool = True) -> dict[str, str]:

@@ -7,18 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter
 
 from lf_hf.report.figures import FIGURES
 from lf_hf.report.rows import shown
-from lf_hf.runtime.errors import explained
 
 DENSE = "dense"
 HEALED = ", healed"  # added to the name of a method
-RESULTS = "results.jsonl"
 _ORDER = ("speed-up", *(figure.name for figure in FIGURES))  # in which figures that are no task's are shown
 
 
@@ -92,23 +87,6 @@ def figure_names(points: Sequence[Point]) -> list[str]:
     """Names of the figures that any of some points has: tasks, then speed, and what predictions of texts are like."""
     metrics = {name: figure.metric for point in points for name, figure in point.figures.items()}
     return sorted(metrics, key=lambda name: _ORDER.index(metrics[name]) if metrics[name] in _ORDER else -1)
-
-
-def result_lines(path: Path) -> list[bytes]:
-    """Lines of a results file, none if there is no file."""
-    return path.read_bytes().splitlines() if path.is_file() else []
-
-
-def read_points(path: Path) -> dict[str, Point]:
-    """The points of a results file by their keys. Raises ValueError if it holds anything else."""
-    reader = TypeAdapter(Point)
-    points: dict[str, Point] = {}
-    for number, line in enumerate(result_lines(path), 1):
-        advice = "remove it, and its point is made again" if points else "choose another folder"
-        with explained(f"Line {number} of {str(path)!r} is no result of a sweep", advice, ValueError):
-            point = reader.validate_json(line)
-        points[point.key] = point
-    return points
 
 
 def check_evaluation(limit: object, batch_size: object) -> None:

@@ -20,7 +20,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.saving import TRAINING, WORK, checked_folder, locked_folder, write_whole
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
-from lf_hf.evaluate.results import Results
+from lf_hf.evaluate.tables import Results
 from lf_hf.measure.dense import measure
 from lf_hf.pipeline import run
 from lf_hf.pipeline.fusion import Texts, for_model
@@ -159,7 +159,12 @@ class _Maker:
     configs: list[FusionConfig]
     texts: Texts
     evaluation: Evaluation
-    work: Path  # folder for what is fused, until it is healed, and for what healings need of the base
+    work: Path  # folder for what is fused, until it is healed
+
+    @property
+    def healing(self) -> Path:
+        """Folder in which fusions are healed one after the other; what is measured on the base for it serves all."""
+        return self.work / "healing"
 
     def check_healing(self) -> None:
         """Raise ValueError if healed points cannot be made here."""
@@ -168,7 +173,7 @@ class _Maker:
         # The fusion whose healing takes most has the most layers left.
         most = min((config for config in self.configs if config.heal_tokens), key=lambda config: config.num_fusions)
         text = self.tokenizer, self.texts.to_heal
-        plan_run(self.base, most, self._healing, healing=most.healing, text=text)
+        plan_run(self.base, most, self.healing, healing=most.healing, text=text)
 
     def keys(self, evaluation: str) -> _Keys:
         """What identifies the results of each model."""
@@ -203,7 +208,7 @@ class _Maker:
             if None in missing:
                 speedups = {"prefill": 1.0, "decoding": 1.0} if self.configs[0].speed else {}
                 figures = {text.name: dense_figures(text.dense) for text in measured.judged}
-                yield self._evaluate(missing[None], DENSE, decoder.model, figures, speedups)
+                yield self._point(missing[None], DENSE, decoder.model, texts=figures, speedups=speedups)
             for fusion in dict.fromkeys(config.unhealed for config in fusions):
                 copy, model_class = decoder.copy(), fused_class(self.base.config)  # which shares its tensors
                 model = run.fuse_measured(self.base, copy, self.tokenizer, fusion, measured, model_class)
@@ -214,18 +219,13 @@ class _Maker:
                     else:
                         yield self._fused_point(missing[config], config, model)
 
-    @property
-    def _healing(self) -> Path:
-        """Folder in which fusions are healed one after the other; what is measured on the base for it serves all."""
-        return self.work / "healing"
-
     def _healed_point(self, key: str, config: FusionConfig) -> Point:
         """The point of a healed fusion, of which nothing stays on the disk."""
         assert self.texts.to_heal is not None and config.healing is not None
         fused = self.work / WORK / key
         inputs = HealInputs.of(fused, self.base, self.tokenizer, self.texts.to_heal, config.healing)
-        point = self._fused_point(key, config, run.heal_fused(inputs, self._healing))
-        for made in (fused, self._healing / WORK / TRAINING):
+        point = self._fused_point(key, config, run.heal_fused(inputs, self.healing))
+        for made in (fused, self.healing / WORK / TRAINING):
             shutil.rmtree(made)
         return point
 
@@ -234,28 +234,28 @@ class _Maker:
         if config.heal_tokens and method != "healed":
             method += HEALED
         speed = report.speed
-        speedups = {"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {}
-        texts = {text.name: text.figures for text in report.perplexities}
-        point = self._evaluate(key, method, model, texts, speedups)
-        point.seconds["fusing"] = sum(report.seconds.values()) - self._seconds
         samples, text, _ = self.texts.used_by(config)
-        sources = dict.fromkeys(used.source for used in (samples, text) if used)
-        return replace(point, config=report.config, notes=report.all_notes, calibration="; ".join(sources))
+        point = self._point(
+            key,
+            method,
+            model,
+            texts={text.name: text.figures for text in report.perplexities},
+            speedups={"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {},
+            config=report.config,
+            notes=report.all_notes,
+            calibration="; ".join(dict.fromkeys(used.source for used in (samples, text) if used)),
+        )
+        point.seconds["fusing"] = sum(report.seconds.values()) - self._seconds
+        return point
 
-    def _evaluate(
-        self,
-        key: str,
-        method: str,
-        model: PreTrainedModel,
-        texts: dict[str, dict[str, float]],
-        speedups: dict[str, float],
-    ) -> Point:
-        """The point of a model, with its sizes and scores."""
+    def _point(self, key: str, method: str, model: PreTrainedModel, **known: Any) -> Point:
+        """The point of a model of which so much is known, with its sizes and scores."""
         start = time.perf_counter()
         scores = self.evaluation.scores(model, self.tokenizer)
-        seconds = time.perf_counter() - start
-        layers = model.config.get_text_config().num_hidden_layers
-        dense_layers = self.base.text_config.num_hidden_layers
+        seconds = {"evaluating": time.perf_counter() - start}
+        dense_layers, layers = (
+            config.get_text_config().num_hidden_layers for config in (self.base.config, model.config)
+        )
         parameters = model.num_parameters()
         return Point(
             key,
@@ -266,8 +266,7 @@ class _Maker:
             layers_removed_fraction=(dense_layers - layers) / dense_layers,
             parameters_removed_fraction=1 - parameters / self._parameters,
             scores=scores,
-            seconds={"evaluating": seconds},
+            seconds=seconds,
             versions=versions(),
-            texts=texts,
-            speedups=speedups,
+            **known,
         )

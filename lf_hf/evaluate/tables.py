@@ -1,4 +1,4 @@
-"""The tables made of a sweep's points, and how stable each method is."""
+"""A sweep's folder: the points that are there, and the tables and the picture made of them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,24 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 from operator import itemgetter
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from pydantic_core import to_json
+from transformers.utils import logging
 
 from lf_hf.checkpoint.card import as_code
+from lf_hf.checkpoint.saving import writing
 from lf_hf.evaluate.points import DENSE, Point, Score, figure_names
+from lf_hf.report.page import draw, missing_plot_packages, write_whole
 from lf_hf.report.report import published_name
+from lf_hf.runtime.errors import explained
+from lf_hf.runtime.words import plural
 
+logger = logging.get_logger(__name__)
+RESULTS = "results.jsonl"
+_ADVICE = "fix the cause and run the sweep again, which goes on where it stopped"
+_MADE = ("results.md", "curve.png", "curve.svg")
 STABILITY_HEAD = ["method", "quantity", "standard deviation", "range", "largest change for the worse"]
 STABILITY_NOTE = (
     "Over the levels above, without the base: standard deviation (n - 1), largest minus smallest, and the "
@@ -90,3 +103,66 @@ def markdown(points: Sequence[Point], base: str) -> str:
 def _markdown_table(head: Sequence[str], *rows: Sequence[str]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def read_points(path: Path) -> dict[str, Point]:
+    """The points of a results file by their keys, none if there is no file. Raises ValueError for anything else."""
+    reader = TypeAdapter(Point)
+    points: dict[str, Point] = {}
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
+        advice = "remove it, and its point is made again" if points else "choose another folder"
+        with explained(f"Line {number} of {str(path)!r} is no result of a sweep", advice, ValueError):
+            point = reader.validate_json(line)
+        points[point.key] = point
+    return points
+
+
+class Results:
+    """The points of a sweep that are in its folder, by their `keys`.
+
+    Raises ValueError if the folder holds results of something else, or tables without results.
+    """
+
+    def __init__(self, folder: Path, base: str, keys: Sequence[str]) -> None:
+        self._folder, self._file = folder, folder / RESULTS
+        self._base, self._keys = base, keys
+        others = read_points(self._file).keys() - set(keys)
+        if others:
+            logger.warning(
+                f"{RESULTS} in {str(folder)!r} also holds {len(others)} {plural(len(others), 'point')} of another "
+                "base or other arguments; they stay, and tables and pictures show only what this sweep asks for."
+            )
+        tables = [name for name in _MADE if (folder / name).exists()]
+        if tables and not self._file.exists():
+            raise ValueError(
+                f"{str(folder)!r} holds {', '.join(tables)}, but no {RESULTS}, so they may be yours; choose "
+                "another folder, or move them."
+            )
+
+    def points(self) -> list[Point]:
+        """The points that are there now, level by level."""
+        there = read_points(self._file)
+        points = [there[key] for key in self._keys if key in there]
+        return sorted(points, key=lambda point: point.num_fusions)
+
+    def add(self, point: Point) -> None:
+        """Keep a point at once, and write the tables of all points. Raises OSError if they cannot be written."""
+        with writing(self._folder, _ADVICE):
+            lines = [to_json(made, inf_nan_mode="strings") for made in [*read_points(self._file).values(), point]]
+            write_whole(self._file, b"".join(line + b"\n" for line in lines))
+            self._write_tables()
+
+    def complete(self) -> None:
+        """Write the tables and, with matplotlib, the picture. Raises OSError if they cannot be written."""
+        with writing(self._folder, _ADVICE):
+            self._write_tables()
+            if missing_plot_packages():
+                return
+            from lf_hf.evaluate.curve import sweep_curve
+
+            figure = sweep_curve(self.points())
+            for kind in ("png", "svg"):
+                write_whole(self._folder / f"curve.{kind}", draw(figure, kind))
+
+    def _write_tables(self) -> None:
+        write_whole(self._folder / "results.md", markdown(self.points(), self._base).encode())

@@ -6,17 +6,15 @@ one file: sequences are read when they are used, and a healing that was cut shor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, StackDataset
 from transformers import PreTrainedTokenizerBase
@@ -28,14 +26,14 @@ from lf_hf.measure.generating import text_writer, writing
 from lf_hf.measure.judge import Judged
 from lf_hf.measure.predictions import final_states
 from lf_hf.runtime.amounts import PERPLEXITY_LENGTH, WRITTEN_SHARE
+from lf_hf.runtime.errors import reason
 from lf_hf.settings import HealSettings
 from lf_hf.text.calibration import Corpus
 
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden)."""
 _TOKENS_TOGETHER = 1 << 17  # tokens that pass the base's layers at a time
-_TEXT, _STATES = "teacher.safetensors", "states.bin"
-_FACTS, _TENSOR = "facts", "tensor"
+_TEXT, _STATES = "teacher.pt", "states.bin"
 
 Items = dict[str, Dataset[dict[str, Tensor]]]
 """Sequences by kind of text: `input_ids` (tokens T,), and `STATES`."""
@@ -80,19 +78,22 @@ def write_teacher(
     known = {
         "parts": parts,
         "hidden": decoder.config.hidden_size,
-        "head": decoder.head_weight,
+        "head": decoder.head_weight.detach(),
         "judged": [vars(text) for text in judged],
         "train": settings.train,
     }
     new = folder / f"{_TEXT}.new"
-    _save(known, new)
+    try:
+        torch.save(known, new)
+    except RuntimeError as error:  # the disk is full
+        raise OSError(f"{str(new)!r} was not written ({reason(error)}).") from error
     new.replace(folder / _TEXT)
 
 
 def trained_by(folder: Path) -> str | None:
     """What a healing trains whose teacher is in a folder with all of its states; None where there is none."""
     text, states = folder / _TEXT, folder / _STATES
-    with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):  # as of a file that is cut
+    with suppress(OSError, EOFError, RuntimeError, UnpicklingError):  # as of a file that is cut
         known = _load(text)
         tokens = sum(ids.numel() for *_, ids in known["parts"])
         if states.stat().st_size == tokens * known["hidden"] * torch.bfloat16.itemsize:
@@ -136,38 +137,18 @@ class _States(Dataset[Tensor]):
         return torch.from_numpy(read).view(torch.bfloat16).view(length, self.hidden)
 
 
+def _load(file: Path) -> dict[str, Any]:
+    """What `write_teacher` knows of the base, in memory."""
+    known: dict[str, Any] = torch.load(file, "cpu", weights_only=True)
+    return known
+
+
 def _write_states(file: BinaryIO, decoder: Decoder, ids: Tensor) -> None:
     """Write the final states of sequences of `ids` (sequences B, tokens T) to the end of a file, in bfloat16."""
     for some in ids.split(max(1, _TOKENS_TOGETHER // ids.shape[1])):
         batches = decoder.make_batches(list(some))
         for batch in final_states(decoder, {"": batches}, "Final states")[""]:
             file.write(batch.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().data)
-
-
-def _save(known: Any, file: Path) -> None:
-    """Write what JSON can hold, and tensors anywhere in it."""
-    tensors: dict[str, Tensor] = {}
-
-    def name_of(tensor: Tensor) -> dict[str, str]:
-        name = str(len(tensors))
-        tensors[name] = tensor.detach().cpu().contiguous()
-        return {_TENSOR: name}
-
-    facts = json.dumps(known, default=name_of)
-    try:
-        save_file(tensors, file, {_FACTS: facts})
-    except SafetensorError as error:  # the disk is full
-        raise OSError(f"{str(file)!r} was not written ({error}).") from error
-
-
-def _load(file: Path) -> Any:
-    """What `_save` wrote."""
-    with safe_open(file, "pt", backend="pread") as opened:  # what is mapped stays in memory as long as a part of it
-
-        def with_tensors(entry: dict[str, Any]) -> Any:
-            return opened.get_tensor(entry[_TENSOR]) if entry.keys() == {_TENSOR} else entry
-
-        return json.loads(opened.metadata()[_FACTS], object_hook=with_tensors)
 
 
 def teaching(setup: Setup, settings: HealSettings) -> Need:

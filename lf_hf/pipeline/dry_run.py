@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lf_hf.checkpoint.saving import check_target, checked_folder
+from lf_hf.checkpoint.saving import checked_folder, target_note
 from lf_hf.checkpoint.weights import tensor_types
 from lf_hf.pipeline.fusion import FusionInputs
 from lf_hf.pipeline.healing import HealInputs
@@ -96,7 +96,7 @@ def plan_heal(inputs: HealInputs, out: FilePath, *, overwrite: bool = False) -> 
 
 def _of_target(inputs: FusionInputs | HealInputs, folder: Path, *, overwrite: bool) -> list[str]:
     """What is to be known of what the folder of the result holds."""
-    found = check_target(folder, lambda: inputs.identity, *inputs.sources, overwrite=overwrite)
+    found = target_note(folder, lambda: inputs.identity, *inputs.sources, overwrite=overwrite)
     return [found] if found else []
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import logging
 
-from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_tokenizer, read_config
+from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer, read_config
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import plain_config
 from lf_hf.checkpoint.saving import checked_folder, file_sha
@@ -24,21 +24,10 @@ from lf_hf.pipeline.identity import identity, text_digest
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import own_device
-from lf_hf.runtime.words import unknown_name
 from lf_hf.settings import HealSettings, TextSource, default_heal_tokens
 from lf_hf.text.calibration import Corpus, load_corpus
 
 logger = logging.get_logger(__name__)
-# What is taken for loading the base of a healing, besides values of its config. Its dtype is that of the fusion.
-_LOADING = (
-    *HUB_ARGUMENTS,
-    "attn_implementation",
-    "device_map",
-    "max_memory",
-    "trust_remote_code",
-    "use_safetensors",
-    "variant",
-)
 _JUDGING_TOKENS = 4096  # tokens of each judging text of a healing, where the report names none
 
 
@@ -78,10 +67,7 @@ class HealInputs:
             raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
         folder = checked_folder(fused)
         report = FusionReport.load(folder)
-        opened = Base.open(base, hub) if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
-        for name in hub:
-            if name not in _LOADING and (name.endswith("dtype") or not hasattr(opened.config, name)):
-                raise ValueError(unknown_name("setting", name, (*HealSettings.known, *_LOADING)))
+        opened = Base.open(*_base_name(base, report, hub))
         if settings.train not in (None, "lora") and settings.lora_rank != HealSettings().lora_rank:
             logger.warning(f"Without effect on train={settings.train!r}: lora_rank.")
         has_tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
@@ -116,7 +102,8 @@ class HealInputs:
                 f"{str(folder)!r} has {layers} layers, but its report says {report.layers_after}; give the folder of a "
                 "fused checkpoint."
             )
-        base = replace(base, loading={**base.loading, "dtype": checked_dtype(report.dtype) or "auto"})
+        dtype = base.dtype or checked_dtype(report.dtype) or "auto"
+        base = replace(base, loading={**base.loading, "dtype": dtype})
         return cls(folder, config, report, tokenizer, base, corpus, settings, training_args)
 
     @property
@@ -159,8 +146,8 @@ class HealInputs:
 
 
 def _base_name(
-    base: str | os.PathLike[str] | None, report: FusionReport, hub: Mapping[str, Any]
-) -> tuple[str | os.PathLike[str], dict[str, Any]]:
+    base: str | os.PathLike[str] | Base | None, report: FusionReport, hub: Mapping[str, Any]
+) -> tuple[str | os.PathLike[str] | Base, dict[str, Any]]:
     """The base's folder or hub name, and the arguments to open it with."""
     if base is not None:
         return base, dict(hub)

@@ -49,7 +49,7 @@ from lf_hf.pipeline.healing import HealInputs
 from lf_hf.pipeline.identity import why_not_reused
 from lf_hf.pipeline.planning import following, fusion_plan, healing_plan, open_decoder
 from lf_hf.plan.plan import Plan
-from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo
+from lf_hf.report.data import Continuation, FusedLayer, PerplexityInfo
 from lf_hf.report.report import FusionReport, damage_notes, published_name, versions
 from lf_hf.runtime.amounts import MAX_SHARD_BYTES
 from lf_hf.runtime.clock import Clock
@@ -248,7 +248,6 @@ def fuse(
         dtype=str(decoder.family.writer_weight(decoder.layer(0)).dtype).removeprefix("torch."),
         continuations=continuations,
         budget=budget,
-        group_costs=[GroupCost(*group, cost) for group, cost in sorted(choice.costs.items())],
     )
 
 

@@ -229,15 +229,6 @@ class SpeedInfo:
 
 
 @dataclass(frozen=True)
-class GroupCost:
-    """What making layers `first` to `last` of the base one layer costs by itself, in nats a token."""
-
-    first: int
-    last: int
-    divergence: float
-
-
-@dataclass(frozen=True)
 class BudgetInfo:
     """The budget of a fusion, and what each number of fusions that was tried costs, on so many tokens kept aside."""
 

@@ -21,7 +21,6 @@ from lf_hf.report.data import (
     CalibrationInfo,
     Continuation,
     FusedLayer,
-    GroupCost,
     HealingInfo,
     PerplexityInfo,
     SpeedInfo,
@@ -89,7 +88,6 @@ class FusionReport:
     dtype: str | None = None
     healed: HealingInfo | None = None
     budget: BudgetInfo | None = None
-    group_costs: list[GroupCost] = field(default_factory=list)
     speed: SpeedInfo | None = None
     license: dict[str, str] = field(default_factory=dict)
     revision: str | None = None

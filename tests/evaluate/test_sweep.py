@@ -21,10 +21,9 @@ from lf_hf import FusionConfig
 from lf_hf.checkpoint.saving import WORK
 from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
-from lf_hf.evaluate.points import DENSE, RESULTS, Point, Score
-from lf_hf.evaluate.results import Results
+from lf_hf.evaluate.points import DENSE, Point, Score
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.evaluate.tables import markdown, stability_rows
+from lf_hf.evaluate.tables import RESULTS, Results, markdown, stability_rows
 from lf_hf.report.figures import dense_figures
 from lf_hf.settings import METHODS
 
@@ -54,7 +53,7 @@ def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that are judged, by answers that stand for lm-eval's and without pictures."""
     monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
-    monkeypatch.setattr("lf_hf.evaluate.results.missing_plot_packages", lambda: "none wanted")
+    monkeypatch.setattr("lf_hf.evaluate.tables.missing_plot_packages", lambda: "none wanted")
     monkeypatch.setattr(Answers, "judged", [])
     return Answers.judged
 

@@ -375,7 +375,6 @@ def test_layers_that_features_of_images_come_after_are_in_no_group(selection: st
     base = save_base(tmp_path, dense)
     report: Any = lf_hf.from_pretrained_fused(base, **ONE | {"selection": selection}).fusion_report
     assert report.pairs[0][0] >= 2
-    assert all(cost.first >= 2 for cost in report.group_costs)
 
 
 @pytest.mark.parametrize(("selection", "most"), [("last", 3), ("groups", 2), ("least_influence", 2)])

@@ -228,7 +228,7 @@ def test_a_state_that_cannot_be_read_is_left_out(
     assert file in line
 
 
-@pytest.mark.parametrize("file", ["states.bin", "teacher.safetensors"])
+@pytest.mark.parametrize("file", ["states.bin", "teacher.pt"])
 def test_what_was_measured_on_the_base_and_cut_is_measured_anew(
     heal: Heal, healed: Path, killed: Path, file: str
 ) -> None:

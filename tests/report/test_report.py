@@ -33,8 +33,7 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.card import model_card
 from lf_hf.cli import main
-from lf_hf.evaluate.results import Results
-from lf_hf.evaluate.tables import markdown
+from lf_hf.evaluate.tables import Results, markdown
 from lf_hf.report.data import BudgetInfo, Continuation, FusedLayer, PerplexityInfo, Rate, SpeedInfo
 from lf_hf.report.page import report_figures, write_page
 from lf_hf.report.report import CHANGED_NOTE, damage_notes, published_name
