@@ -43,18 +43,16 @@ class Evaluation:
             if task not in self._manager.all_tasks:
                 raise ValueError(unknown_name("task", task, tuple(self._manager.all_tasks)))
         self._may_run_code = os.environ.get(_RUNS_CODE) == "1"
-        for name, task in self._manager.load(self.tasks)[
-            "tasks"
-        ].items():  # data that cannot be fetched: found out here
+        loaded = self._manager.load(self.tasks)["tasks"]  # data that cannot be fetched: found out here
+        for name, task in loaded.items():
             self._check_num_fewshot(name, task)
             if getattr(task, "UNSAFE_CODE", False) and not self._may_run_code:
                 raise ValueError(
                     f"The task {name} runs programs that the model writes; set {_RUNS_CODE}=1 to allow that, on a "
                     "machine where they can do no harm."
                 )
-        self._of_tags = {
-            tag: list(self._manager.load(tag)["tasks"]) for tag in self.tasks if tag in self._manager.all_tags
-        }
+        tags = [task for task in self.tasks if task in self._manager.all_tags]
+        self._of_tags = {tag: list(self._manager.load(tag)["tasks"]) for tag in tags}
 
     def _check_num_fewshot(self, name: str, task: Any) -> None:
         if self.num_fewshot is None or task.get_config("num_fewshot") == 0:

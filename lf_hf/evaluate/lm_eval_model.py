@@ -56,10 +56,6 @@ class FusedLM(HFLM):
     def __init__(
         self,
         pretrained: str | os.PathLike[str] | PreTrainedModel | None = None,
-        *,
-        num_fusions: int | str | None = None,
-        calibration: str | None = None,
-        fused_dir: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Initialize a FusedLM instance.
@@ -67,17 +63,10 @@ class FusedLM(HFLM):
         Args:
             pretrained: With ``num_fusions``, the base to fuse: hub name or local path of a checkpoint.
                 Without, a fused checkpoint that ``save_pretrained`` or ``lf-hf fuse`` wrote, or such a model itself.
-            num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers. Instead of it,
-                ``target_layers`` may say how many are to stay, or ``max_divergence`` or ``max_perplexity_ratio`` what
-                the fusions may cost.
-            calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet), or a data set on the hub
-                (``NAME[:CONFIG[:SPLIT[:COLUMN]]]``). Default: MMLU questions that are not in its test split; for
-                ``refit`` a mixture of what is installed.
-            fused_dir: Folder to keep the fused model in: loaded if it was made of the same base, calibration text and
-                settings, else fused and saved there.
-            **kwargs: All other fields of ``lf_hf.FusionConfig``, whose defaults and ranges are documented there. And
-                every argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``peft``, ...
-                ``max_memory_per_gpu`` and ``max_cpu_memory`` limit what is used, and spread the model.
+            **kwargs: ``calibration`` and ``fused_dir`` as for ``lf_hf.from_pretrained_fused``, all fields of
+                ``lf_hf.FusionConfig``, and every argument of HFLM: ``dtype``, ``device``, ``batch_size``,
+                ``parallelize``, ``peft``, ... ``max_memory_per_gpu`` and ``max_cpu_memory`` limit what is used, and
+                spread the model.
 
         Raises:
             ValueError: Before the model is loaded, for settings out of range, a base, adapter or calibration text that
@@ -97,9 +86,8 @@ class FusedLM(HFLM):
             if kwargs.get("max_cpu_memory") is None:
                 eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
                 kwargs["parallelize"] = False  # HFLM would put all layers on disk
-        fusing = {"num_fusions": num_fusions, "calibration": calibration, "fused_dir": fused_dir}
-        fusing = {name: value for name, value in fusing.items() if value is not None}
-        fusing |= {name: kwargs.pop(name) for name in FusionConfig.known if name in kwargs}
+        given = {name: kwargs.pop(name, None) for name in (*FusionConfig.known, "calibration", "fused_dir")}
+        fusing = {name: value for name, value in given.items() if value is not None}
         self.fusion_config: FusionConfig | None = None
         if any(level in fusing for level in LEVELS):
             self._prepare_fusion(pretrained, fusing, kwargs)

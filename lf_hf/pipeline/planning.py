@@ -174,30 +174,28 @@ def plan_phases(
     """
     with torch.device("meta"):
         model = model_class(config)(config)
+
+    def planned(fusion: FusionConfig, machine: Machine, healing: HealSettings | None, **given: Any) -> Plan:
+        training = None if healing is None else partial(plan_training, machine, fusion.least_fusions, healing)
+        return plan(model, dtype, fusion, machine, partial(_phases, fusion, healing), training=training, **given)
+
     try:
-        return _plan(model, dtype, fusion, machine, healing, device_map=device_map, rates=rates)
+        return planned(fusion, machine, healing, device_map=device_map, rates=rates)
     except NoRoom as refused:
         ways = [otherwise] if otherwise else []
         if not otherwise and (healing is None or fusion.heal_tokens != 0):
-            ways = _what_would_do(model, dtype, fusion, machine, healing)
+            ways = _what_would_do(planned, fusion, machine, healing)
         raise NoRoom(refused.what, machine, refused.needed, refused.place, ways) from None
 
 
-def _plan(
-    model: Any, dtype: torch.dtype, fusion: FusionConfig, machine: Machine, healing: HealSettings | None, **given: Any
-) -> Plan:
-    training = None if healing is None else partial(plan_training, machine, fusion.least_fusions, healing)
-    return plan(model, dtype, fusion, machine, partial(_phases, fusion, healing), training=training, **given)
-
-
 def _what_would_do(
-    model: Any, dtype: torch.dtype, fusion: FusionConfig, machine: Machine, healing: HealSettings | None
+    planned: Callable[..., Plan], fusion: FusionConfig, machine: Machine, healing: HealSettings | None
 ) -> list[str]:
-    """Settings with which a fusion fits, asked of the plan: without healing, on the CPU, or the most fusions."""
+    """Settings with which a fusion can be `planned`: without healing, on the CPU, or the most fusions."""
 
     def fits(fusion: FusionConfig, machine: Machine, healing: HealSettings | None) -> bool:
         with suppress(NoRoom):
-            return bool(_plan(model, dtype, fusion, machine, healing))
+            return bool(planned(fusion, machine, healing))
         return False
 
     ways = []

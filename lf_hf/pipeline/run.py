@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -73,7 +73,7 @@ def make_result(inputs: FusionInputs, folder: Path, *, overwrite: bool, wait: bo
         if fused.is_dir():
             return None
         plan = fusion_plan(inputs, folder)
-        write = _writer(fuse_base(inputs, plan, folder), inputs.identity)
+        write = partial(_write, fuse_base(inputs, plan, folder), inputs.identity, None)
         if inputs.config.healing is None:
             write_result(folder, write)
         else:
@@ -111,20 +111,16 @@ def _heal_into(folder: Path, inputs: HealInputs, made_of: Mapping[str, str], pla
     """Heal a fused model into the folder of a run that is made of this; returns where it was trained."""
     model = heal_fused(inputs, folder, plan)
     logs = folder / WORK / TRAINING / LOGS
-    compute_once(lambda: write_result(folder, _writer(model, made_of, logs)))
+    compute_once(lambda: write_result(folder, partial(_write, model, made_of, logs)))
     return model.device
 
 
-def _writer(model: FusedForCausalLM, made_of: Mapping[str, str], logs: Path | None = None) -> Callable[[Path], None]:
-    """What writes a model, of which its report says what it is made of, and the logs of its training, into a folder."""
-
-    def write(folder: Path) -> None:
-        model.remember(replace(model.report, fingerprints=dict(made_of)))
-        model.save_pretrained(folder, plain=True, max_shard_size=MAX_SHARD_BYTES)
-        if logs is not None and logs.is_dir():
-            shutil.copytree(logs, folder / LOGS)
-
-    return write
+def _write(model: FusedForCausalLM, made_of: Mapping[str, str], logs: Path | None, folder: Path) -> None:
+    """Write a model, of which its report says what it is made of, and the logs of its training, into a folder."""
+    model.remember(replace(model.report, fingerprints=dict(made_of)))
+    model.save_pretrained(folder, plain=True, max_shard_size=MAX_SHARD_BYTES)
+    if logs is not None and logs.is_dir():
+        shutil.copytree(logs, folder / LOGS)
 
 
 def fuse_base(inputs: FusionInputs, plan: Plan, folder: Path | None = None) -> FusedForCausalLM:
