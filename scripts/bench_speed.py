@@ -55,10 +55,9 @@ from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import run
 from lf_hf.pipeline.fusion import Texts, for_model
 from lf_hf.settings import METHODS, TextSource
-from lf_hf.stages import assignment
+from lf_hf.stages import alignment
 from lf_hf.stages.activations import sample_distances
-from lf_hf.stages.alignment import normalized_rows
-from lf_hf.stages.assignment import Pair, assign
+from lf_hf.stages.alignment import Pair, assign, normalized_rows
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import entropy, layer_similarity, mutual_information, rank_normalized
 from lf_hf.text.calibration import (
@@ -221,7 +220,7 @@ def one_after_another(problems: Problems) -> Order:
 
 def by_scipy(problems: Problems) -> Order:
     """The package's way without lapx."""
-    assignment.lapjvs = None
+    alignment.lapjvs = None
     return assign(problems)
 
 
@@ -242,7 +241,7 @@ def pairs(shape: Sequence[int]) -> None:
 
     expected = total(reference.result)
     row("one after another, scipy", reference.wall, reference.cpu, gib(reference.grown), "", "")
-    for solver, way in (("scipy", by_scipy), *([("lapx", assign)] if assignment.lapjvs else [])):
+    for solver, way in (("scipy", by_scipy), *([("lapx", assign)] if alignment.lapjvs else [])):
         ours = timed_apart(way, partial(layer_pair, *shape))
         ratio, difference = reference.wall / ours.wall, total(ours.result) / expected - 1
         row(f"lf_hf, {solver}", ours.wall, ours.cpu, gib(ours.grown), ratio, difference)

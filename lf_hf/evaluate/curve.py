@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -46,16 +47,12 @@ def sweep_curve(points: Sequence[Point]) -> Figure:
 
 def _styles(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
     """Colour and line of each method; a method that was healed has the colour that it has without."""
-    styles: dict[str, dict[str, Any]] = {}
-    colors: dict[str, str] = {}
-    for point in points:
-        if point.method == DENSE:
-            continue
-        method = point.method.removesuffix(HEALED)
-        color = colors.setdefault(method, COLORS[len(colors) % len(COLORS)])
-        line = "-" if point.method == method else "--"
-        styles[point.method] = {"color": color, "linestyle": line}
-    return styles
+    without = {point.method: point.method.removesuffix(HEALED) for point in points if point.method != DENSE}
+    colors = dict(zip(dict.fromkeys(without.values()), cycle(COLORS), strict=False))
+    return {
+        method: {"color": colors[plain], "linestyle": "-" if method == plain else "--"}
+        for method, plain in without.items()
+    }
 
 
 def _draw(

@@ -10,26 +10,16 @@ from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.teacher import Teacher
+from lf_hf.healing.text import repeats_note
 from lf_hf.measure.judge import compare_continuations, judge
 from lf_hf.report.data import HealingInfo
 from lf_hf.report.report import FusionReport, damage_notes
 from lf_hf.runtime.numerics import weights_digest
 
 logger = logging.get_logger(__name__)
-_MOST_EPOCHS = 3  # more times through the same text are worth a warning
 _CHANGED_BEFORE = (
     "The weights had been changed, as by training, before healing: to fuse and heal does not give them again."
 )
-
-
-def repeats_note(epochs: float) -> str | None:
-    """What to say of a training that goes `epochs` times through its text, if that is often."""
-    if epochs <= _MOST_EPOCHS:
-        return None
-    return (
-        f"Healing goes {epochs:.1f} times through its text: more text, or fewer tokens, gives a better model for the "
-        "same time."
-    )
 
 
 def healed_report(

@@ -21,6 +21,7 @@ from lf_hf.text.packing import check_ids, pack_parts, split_held_out
 
 HELD_OUT = 4
 """Sequences of a kind of text that are held out at most, to see how far the student is from the teacher."""
+_MOST_EPOCHS = 3  # more times through the same text are worth a warning
 WRITTEN, WRITTEN_CHATS = "text written by the base", "chats written by the base"
 
 Write = Callable[[int, int, int], list[Tensor]]
@@ -80,6 +81,16 @@ def expected_epochs(
     given = given_text(tokenizer, corpus, settings, vocab_size)
     num_sequences = sum(len(kind.training) for kind in given) + num_written(given, corpus, settings)
     return max(1.0, settings.sequences / num_sequences)
+
+
+def repeats_note(epochs: float) -> str | None:
+    """What to say of a training that goes `epochs` times through its text, if that is often."""
+    if epochs <= _MOST_EPOCHS:
+        return None
+    return (
+        f"Healing goes {epochs:.1f} times through its text: more text, or fewer tokens, gives a better model for the "
+        "same time."
+    )
 
 
 def healing_text(

@@ -19,9 +19,9 @@ from lf_hf.measure.generating import text_writer, writing
 from lf_hf.measure.judge import Judged, judge_dense, judging, write_continuations
 from lf_hf.report.data import CalibrationInfo, MadeLayer
 from lf_hf.runtime.amounts import JUDGING_LENGTH, MIXTURE_SHARE, PERPLEXITY_LENGTH, WRITTEN_LENGTH
-from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.memory import give_back_freed
 from lf_hf.runtime.numerics import weights_digest
+from lf_hf.runtime.progress import Clock
 from lf_hf.runtime.words import plural
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.activations import sample_distances

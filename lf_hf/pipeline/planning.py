@@ -25,9 +25,8 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.demand import Need, Setup
 from lf_hf.families.models import model_class
 from lf_hf.healing.ladder import plan_training
-from lf_hf.healing.result import repeats_note
 from lf_hf.healing.teacher import teaching, trained_by
-from lf_hf.healing.text import expected_epochs
+from lf_hf.healing.text import expected_epochs, repeats_note
 from lf_hf.measure.dense import measuring
 from lf_hf.measure.judge import judging
 from lf_hf.pipeline.fusion import FusionInputs

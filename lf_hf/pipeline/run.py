@@ -52,10 +52,10 @@ from lf_hf.plan.plan import Plan
 from lf_hf.report.data import Continuation, FusedLayer, PerplexityInfo
 from lf_hf.report.report import FusionReport, damage_notes, published_name, versions
 from lf_hf.runtime.amounts import MAX_SHARD_BYTES
-from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.launch import compute_once, rank
 from lf_hf.runtime.memory import give_back_freed
 from lf_hf.runtime.numerics import to_device, weights_digest
+from lf_hf.runtime.progress import Clock
 from lf_hf.settings import METHODS, FusionConfig
 
 logger = logging.get_logger(__name__)

@@ -1,10 +1,12 @@
-"""How far a long stage is: a bar on a terminal or in a notebook, a line now and then in a log file."""
+"""How far a long stage is: a bar on a terminal or in a notebook, a line now and then in a log; and what it took."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import autonotebook, std
@@ -43,3 +45,16 @@ class _Lines(std.tqdm):
         if self.n:
             print(self, file=sys.stderr, flush=True)
         return False
+
+
+class Clock:
+    """Seconds by name, added up over `with clock(name):` blocks."""
+
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(seconds or {})
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

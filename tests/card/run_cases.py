@@ -46,7 +46,7 @@ from lf_hf.pipeline.planning import fusion_plan, healing_plan
 from lf_hf.plan.machine import CONTEXT
 from lf_hf.plan.plan import NoRoom, Plan
 from lf_hf.refit.layer_parts import build_layer
-from lf_hf.runtime.clock import Clock
+from lf_hf.runtime.progress import Clock
 
 CARDS = insert(LIBRARY)
 Figures = dict[str, Any]

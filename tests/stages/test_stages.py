@@ -26,10 +26,9 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.hidden_states import cosine_sums, influences
 from lf_hf.families.table import FAMILIES, PROJECTIONS, Axis
 from lf_hf.report.data import MadeLayer
-from lf_hf.stages import assignment
+from lf_hf.stages import alignment
 from lf_hf.stages.activations import pairwise_distances, sample_distances
-from lf_hf.stages.alignment import match_neurons
-from lf_hf.stages.assignment import Pair, assign, row_costs
+from lf_hf.stages.alignment import Pair, assign, match_neurons, row_costs
 from lf_hf.stages.averaging import AverageKey, average, fusion_ratio
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
@@ -242,7 +241,7 @@ def total(costs: NDArray[np.float64], permutation: NDArray[np.int64]) -> float:
 @pytest.mark.parametrize("solver", ["scipy", "lapx"])
 def test_no_assignment_is_cheaper(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if solver == "scipy":
-        monkeypatch.setattr(assignment, "lapjvs", None)
+        monkeypatch.setattr(alignment, "lapjvs", None)
     elif not find_spec("lap"):
         pytest.skip("lapx is missing")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
