@@ -22,7 +22,6 @@ from lm_eval.utils import simple_parse_args_string
 
 from lf_hf import FusionConfig, tasks_path
 from lf_hf.cli import app
-from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.report.data import Continuation
 from lf_hf.settings import LEVELS
 
@@ -88,7 +87,7 @@ def test_every_command_is_one_that_there_is(words: list[str]) -> None:
         check_lf_hf(words[words.index("lf_hf") + 1 :])
     elif "lm_eval" in words[:8]:  # by itself, or by a launcher
         args = simple_parse_args_string(arguments[arguments.index("--model_args") + 1])
-        known = {*inspect.signature(HFLM.__init__).parameters, *inspect.signature(FusedLM.__init__).parameters}
+        known = {*inspect.signature(HFLM.__init__).parameters, *FusionConfig.given_beside}
         assert set(args) <= known | set(FusionConfig.known)
     elif program.endswith("python"):
         assert arguments[0] == "-c" or (ROOT / arguments[0]).is_file()
