@@ -28,6 +28,11 @@ from lf_hf.text.calibration import CalibrationSamples, Corpus
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
 HEADS = {"sliding_window": 5, "head_dim": 12}
 CAPPED = {"query_pre_attn_scalar": 10, "final_logit_softcapping": 3.0}
+GEMMA4 = {"sliding_window": 5, "head_dim": 8, "global_head_dim": 12, "num_global_key_value_heads": 1}
+GEMMA4 |= {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 3.0}
+GEMMA4 |= {
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "sliding", "full")]
+}
 FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3, "logits_scaling": 2.0}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10}
 MIXTURE = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -45,6 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 7},
     "gemma2": HEADS | CAPPED,
     "gemma3_text": CAPPED | {"sliding_window": 5, "sliding_window_pattern": 3, "head_dim": 8},
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4,
     "granite": FACTORS | {"attention_bias": True},
     "qwen3_5_text": LINEAR | {"full_attention_interval": 3, "head_dim": 8} | rope("default", partial_rotary_factor=0.5),
     "smollm3": {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 3},
@@ -74,10 +81,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MIXTURES = [model_type for model_type in MODEL_TYPES if model_type in FAMILIES and FAMILIES[model_type].mlp.experts]
 SEES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 7, "image_size": 28}
 TOWER = SEES | {"num_hidden_layers": 2, "num_attention_heads": 2}
+SEES4 = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+SEES4 |= {"num_key_value_heads": 2, "patch_size": 4}
 DEEP = SEES | {"depth": 3, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
 DEEP |= {"deepstack_visual_indexes": [0, 1]}
 WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"vision_config": TOWER, "mm_tokens_per_image": 4, "image_token_index": 5}),
+    "gemma4": ("gemma4_text", {"vision_config": SEES4 | {"position_embedding_size": 16}, "image_token_id": 5}),
+    "gemma4_unified": (
+        "gemma4_unified_text",
+        {
+            "vision_config": {"patch_size": 4, "mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 16},
+            "image_token_id": 5,
+        },
+    ),
     "mistral3": (
         "mistral",
         {"vision_config": TOWER | {"model_type": "pixtral"}, "image_token_index": 5, "tie_word_embeddings": False},
@@ -94,6 +111,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{model_type: (model_type, {}) for model_type in MODEL_TYPES},
     "one key-value head": ("llama", {"num_key_value_heads": 1}),
     "a key-value head a query head": ("llama", {"num_key_value_heads": 4}),
+    "experts beside an MLP": (
+        "gemma4_text",
+        {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 12},
+    ),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "wide heads": ("llama", {"head_dim": 24}),
     "eager attention": ("llama", {"attn_implementation": "eager"}),
@@ -125,6 +146,9 @@ def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, **overrid
     torch.manual_seed(0)
     model = model_class(config)(config).eval()
     vary(model, family_of(config).gain_offset)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.uniform_(0.5, 1.0)
     return model.to(dtype)
 
 

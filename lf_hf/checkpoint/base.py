@@ -283,7 +283,7 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
     is_known = config.model_type in MODEL_TYPES
     if family is None or not is_known or not isinstance(text, family.config_class):  # of code beside a checkpoint
         return f"is a {config.model_type!r} model; {why_refused(text)}"
-    if getattr(config, "is_heterogeneous", False):
+    if getattr(text, "is_heterogeneous", False) and not family.scalar:
         return "has layers of different kinds (per_layer_config); only layers of one kind fuse"
     fixed = [name for name in ("num_hidden_layers", *family.layer_lists) if loading.get(name) is not None]
     if given := [*filter(loading.get, _QUANTIZATION_ARGUMENTS), *fixed]:

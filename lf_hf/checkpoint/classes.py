@@ -183,7 +183,8 @@ class FusedForCausalLM(PreTrainedModel):
             config.save_pretrained(folder)
         written = named_values(self)
         if state_dict is not None:  # what is saved in place of them
-            written = ((name, state_dict[name]) for name, _ in self.named_parameters() if name in state_dict)
+            names = (name for name, _ in (*self.named_parameters(), *self.named_buffers()))
+            written = ((name, state_dict[name]) for name in names if name in state_dict)
         report = self.fusion_report and self.fusion_report.for_weights(weights_digest(written))
         plain = plain or not self.native
         write_companions(folder, self.config, report, tokenizer, self.processor_files, plain=plain)

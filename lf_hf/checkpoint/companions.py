@@ -100,6 +100,8 @@ def _older_names(config: dict[str, Any]) -> dict[str, Any]:
     """Entries of a config as transformers 4 wrote them, of what transformers 5 writes otherwise."""
     older: dict[str, Any] = {}
     rope = config.get("rope_parameters") or {}
+    if str(config.get("model_type")).startswith("gemma4"):  # younger than transformers 5
+        rope = {}
     if _FULL in rope:  # rotary embeddings by kinds of layers, as Gemma 3 has them
         older["rope_local_base_freq"] = rope[_SLIDING]["rope_theta"]
         older["sliding_window_pattern"] = _period(config["layer_types"])

@@ -22,6 +22,7 @@ from lf_hf.families.models import (
     CausalLM,
     family_of,
     free_layers,
+    kept_for_kinds,
     num_parameters,
     set_config_layers,
     text_model,
@@ -154,12 +155,14 @@ class Decoder:
         if was_offloaded:
             bring_in(layer)
         if kind and kind != self.family.layer_kind(layer):
-            for name, entry in kind.items():
-                entries = getattr(self.config, name)
-                setattr(self.config, name, [*entries[:index], entry, *entries[index + 1 :]])
+            with kept_for_kinds(self.config):
+                for name, entry in kind.items():
+                    entries = getattr(self.config, name)
+                    setattr(self.config, name, [*entries[:index], entry, *entries[index + 1 :]])
             self._change_kind(layer, kind)
+        own = layer.state_dict()
         for name, tensor in self.family.packed(weights).items():
-            before = layer.get_parameter(name)
+            before = own[name]
             like = self.family.writer_weight(layer) if before.is_meta else before
             after = torch.empty_like(before, device=like.device, dtype=like.dtype).copy_(tensor)
             layer.load_state_dict({name: after}, strict=False, assign=True)
@@ -215,6 +218,9 @@ class Decoder:
     def join(self, group: Group, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
         """Let the first of some adjacent layers stand for all: it gets new values, and the others are removed."""
         first, last = group
+        if self.family.scalar:
+            scales = [self._text.layers[number].get_buffer(self.family.scalar) for number in range(first, last + 1)]
+            weights = {**weights, self.family.scalar: torch.stack(scales).prod(0)}
         if weights:
             self.replace(first, weights, kind)
         for _ in range(first, last):
@@ -297,6 +303,8 @@ class Decoder:
                 # A model that is spread over devices makes them on one.
                 "position_embeddings": (cos.to(device), sin.to(device)),
             }
+        if self.family.takes_shared_keys:  # which layers write into, for others that have none of their own
+            return self._inputs[kind] | {"shared_kv_states": {}}
         return self._inputs[kind]
 
     def _mask(self, states: Tensor, layer: DecoderLayer) -> Tensor | None:

@@ -69,10 +69,15 @@ def value(module: nn.Module, name: str) -> Tensor:
 
 
 def named_values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The values of all parameters in a module, also of offloaded ones, one at a time; tied ones once."""
+    """The values of all parameters in a module, also of offloaded ones, one at a time; tied ones once.
+
+    Buffers that files have, too, come after them.
+    """
     for name, _ in distinct_parameters(module):
         place, _, own_name = name.rpartition(".")
         yield name, value(module.get_submodule(place), own_name)
+    saved = module.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
 
 
 def distinct_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lf_hf.families.table import FAMILIES, Family
+from lf_hf.families.table import FAMILIES, GEMMA4_MIXTURE, Family
 
 CausalLM: TypeAlias = Any
 """A model of one of the families, with its head."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # keys of how many there are
 _REFUSED = {
     "gemma3n": "its layers share keys and values and have own embeddings; fuse a Gemma 3",
-    "gemma4": "its layers share keys and values and have own embeddings; take a smaller one, or fuse a Gemma 3",
     "granitemoehybrid": "its layers are Mamba's and attention's; fuse a Granite whose config.model_type is granite",
     "nemotron_h": "its layers are Mamba's, attention's, MLPs and experts; fuse a model whose layers all have attention",
     "lfm2": "its layers are convolutions and attention; take one of the smaller LFM2 models",
 }
 """What to do instead, by how a `model_type` begins."""
-WRAPPERS = ("gemma3", "mistral3", "qwen3_vl")
+WRAPPERS = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "qwen3_vl")
 """Types of vision-language models whose decoder, of any of the families, is given features of images as tokens."""
 MODEL_TYPES = (*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *WRAPPERS)
 """Types of models that can be fused."""
@@ -36,14 +36,19 @@ def family_of(config: PretrainedConfig) -> Family:
     if is_wrapper(config):
         config = config.get_text_config()
     model_type = config.model_type.removeprefix("fused_")
-    if model_type not in FAMILIES or _has_dense_layers(config):
+    if model_type not in FAMILIES or _has_dense_layers(config) or _shares_keys(config):
         raise ValueError(f"A model of type {config.model_type!r} cannot be fused: {why_refused(config)}.")
-    return FAMILIES[model_type]
+    return GEMMA4_MIXTURE if getattr(config, "enable_moe_block", False) else FAMILIES[model_type]
 
 
 def _has_dense_layers(config: PretrainedConfig) -> bool:
     """Whether some layers of a mixture of experts have none."""
     return bool(getattr(config, "mlp_only_layers", None)) or getattr(config, "decoder_sparse_step", 1) != 1
+
+
+def _shares_keys(config: PretrainedConfig) -> bool:
+    """Whether layers have keys and values of others, or embeddings of their own, as the small models of Gemma 4."""
+    return any(getattr(config, key, 0) for key in ("num_kv_shared_layers", "hidden_size_per_layer_input"))
 
 
 def why_refused(config: PretrainedConfig) -> str:
@@ -52,6 +57,8 @@ def why_refused(config: PretrainedConfig) -> str:
         if config.model_type.startswith(begins):
             return why
     text = config.get_text_config()
+    if _shares_keys(text):
+        return "its layers share keys and values and have own embeddings; fuse a larger Gemma 4, or a Gemma 3"
     if _has_dense_layers(text):
         return "some of its layers have experts and some have none"
     if any(getattr(text, key, None) for key in _EXPERTS):
@@ -121,9 +128,23 @@ def num_parameters(config: PretrainedConfig) -> tuple[int, int]:
 
 def set_config_layers(config: PretrainedConfig, numbers: Sequence[int]) -> None:
     """Let a config describe these of its layers, in this order; lists with one entry a layer follow."""
-    for name, values in layer_lists(config).items():
-        setattr(config, name, [values[number] for number in numbers])
-    config.num_hidden_layers = len(numbers)
+    with kept_for_kinds(config):
+        for name, values in layer_lists(config).items():
+            setattr(config, name, [values[number] for number in numbers])
+        config.num_hidden_layers = len(numbers)
+
+
+@contextmanager
+def kept_for_kinds(config: PretrainedConfig) -> Iterator[None]:
+    """Let what a config has for each layer by its number follow the layers' types, which change meanwhile."""
+    by_number = config.to_dict().get("per_layer_config") or {}
+    by_type = {config.layer_types[int(number)]: own for number, own in by_number.items()}
+    if by_type:
+        config.per_layer_config = None
+    yield
+    if by_type:
+        of_layers = {number: by_type.get(kind) for number, kind in enumerate(config.layer_types)}
+        config.per_layer_config = {number: own for number, own in of_layers.items() if own}
 
 
 def layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:

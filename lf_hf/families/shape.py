@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lf_hf.families.models import family_of, free_layers, text_model
-from lf_hf.families.table import head_dim
+from lf_hf.families.table import head_dim, of_kind
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Shape:
         """Of a model, which may be on the meta device."""
         text, family = model.config.get_text_config(), family_of(model.config)
         layers = text_model(model).layers
+        kinds = family.config_kinds(text)
         layer, experts = _count(layers) // len(layers), family.mlp.experts
         count, chosen = (getattr(text, key) for key in (experts.count, experts.chosen)) if experts else (0, 0)
         of_experts = 3 * text.hidden_size * (family.mlp_width(text) - family.shared_width(text)) // max(1, chosen)
@@ -49,8 +50,8 @@ class Shape:
             hidden=text.hidden_size,
             mlp=family.mlp_width(text),
             readers=2 if experts else len(family.mlp.readers),
-            queries=text.num_attention_heads * head_dim(text),
-            keys=text.num_key_value_heads * head_dim(text),
+            queries=text.num_attention_heads * max(head_dim(text, kind) for kind in kinds),
+            keys=max(of_kind(text, kind).num_key_value_heads * head_dim(text, kind) for kind in kinds),
             heads=text.num_attention_heads,
             positions=text.max_position_embeddings,
             vocab=text.vocab_size,

@@ -37,15 +37,26 @@ class Experts:
     count: str = "num_experts"  # key of how many there are
     chosen: str = "num_experts_per_tok"  # key of how many work on a token
     width: str = "moe_intermediate_size"  # key of an expert's channels
-    shared: str = ""  # an MLP that works on all tokens, times the sigmoid of what `shared_gate` gives
+    shared: str = ""  # an MLP that works on all tokens, times the sigmoid of what `shared_gate` gives if there is one
     shared_gate: str = ""
     shared_width: str = ""  # key of its channels
+    # Norms, where experts stand beside an MLP: in front of experts, behind them and behind the MLP; and what the router
+    # multiplies by what it reads, before its projection.
+    before: str = ""
+    after: str = ""
+    shared_after: str = ""
+    router_gain: str = ""
     # Whether matrices are transposed in memory, gate's and up's rows take turns, and both are kept within a limit.
     is_turned: bool = False
 
     @property
     def readers(self) -> tuple[str, str]:
         return f"{self.module}.gate_proj", f"{self.module}.up_proj"
+
+    @property
+    def router_reader(self) -> str:
+        """The projection of a router."""
+        return f"{self.router}.proj" if self.router_gain else self.router
 
     @property
     def writer(self) -> str:
@@ -79,7 +90,15 @@ class Half:
 
     @property
     def norms(self) -> list[str]:
-        return [norm for norm in (self.before, self.after) if norm is not None]
+        of_experts = (self.experts.before, self.experts.after, self.experts.shared_after) if self.experts else ()
+        return [norm for norm in (self.before, self.after, *of_experts) if norm]
+
+    def gain(self, reader: str) -> str | None:
+        """Name of what multiplies the normalised stream in front of a reader."""
+        if self.experts and self.experts.before and not reader.startswith(f"{self.experts.shared}."):
+            is_router = reader == self.experts.router_reader
+            return self.experts.router_gain if is_router else f"{self.experts.before}.weight"
+        return f"{self.before}.weight" if self.before else None
 
     @property
     def parameter_names(self) -> set[str]:
@@ -108,12 +127,15 @@ _DELTA_NET = Half(
 )
 
 
-def experts_half(experts: Experts) -> Half:
+def experts_half(experts: Experts, **norms: Any) -> Half:
     """The half of a layer that has experts in place of an MLP."""
-    readers = [experts.router, *experts.readers]
+    norms.setdefault("before", "post_attention_layernorm")
+    readers = [experts.router_reader, *experts.readers]
+    if experts.shared_gate:
+        readers.append(experts.shared_gate)
     if experts.shared:
-        readers += [experts.shared_gate, f"{experts.shared}.gate_proj", f"{experts.shared}.up_proj"]
-    return Half("post_attention_layernorm", tuple(readers), experts.writer, experts=experts)
+        readers += [f"{experts.shared}.gate_proj", f"{experts.shared}.up_proj"]
+    return Half(readers=tuple(readers), writer=experts.writer, experts=experts, **norms)
 
 
 PROJECTIONS = tuple(name for half in (attention_half(), mlp_half()) for name in (*half.readers, half.writer))
@@ -152,6 +174,7 @@ class Family:
     window: str = ""  # key of the sliding window that all layers have; where there are `layer_types`, these say which
     activation: str = "hidden_act"  # key of the MLP's, of what its first reader gives; other readers multiply that
     width: str = "intermediate_size"  # key of the MLP's channels
+    scalar: str = ""  # buffer that a layer's output is multiplied by
     scaled_embedding: bool = False  # whether the embedding multiplies by the root of the width
     embedding_multiplier: str = ""  # key of what multiplies embeddings
     residual_multiplier: str = ""  # key of what multiplies all that is written to the stream
@@ -164,7 +187,7 @@ class Family:
 
     @property
     def causal_lm(self) -> Any:
-        return self._class(f"{self.title}ForCausalLM")
+        return self._class(f"{self.title.removesuffix('Text')}ForCausalLM")
 
     @property
     def decoder_layer(self) -> Any:
@@ -179,6 +202,11 @@ class Family:
         """Name of a layer's argument for the cache, which depends on the version of transformers."""
         names = inspect.signature(self.decoder_layer.forward).parameters
         return "cache" if "cache" in names else "past_key_values"
+
+    @property
+    def takes_shared_keys(self) -> bool:
+        """Whether layers take what keys and values are shared by, though none shares any."""
+        return "shared_kv_states" in inspect.signature(self.decoder_layer.forward).parameters
 
     @property
     def rotary_of_type(self) -> bool:
@@ -197,7 +225,7 @@ class Family:
     @property
     def parameter_names(self) -> set[str]:
         """Names of all parameters that a layer may have, as `unpacked` gives them."""
-        names = {f"{norm}.weight" for norm in self.norms_of_heads}
+        names = {f"{norm}.weight" for norm in self.norms_of_heads} | {*filter(None, [self.scalar])}
         return names.union(*(half.parameter_names for half in (self.attention, self.delta_net, self.mlp) if half))
 
     @property
@@ -229,6 +257,8 @@ class Family:
         All that can be are views.
         """
         named: dict[str, Tensor] = dict(layer.named_parameters())
+        if self.scalar:
+            named[self.scalar] = layer.get_buffer(self.scalar)
         if self.mlp.experts:
             named = _unpacked_experts(self.mlp.experts, named)
         for half in (self.attention, self.mlp):
@@ -313,12 +343,13 @@ class Family:
 
     def num_key_heads(self, config: PretrainedConfig, kind: Kind) -> int:
         """Heads of keys in a layer of some kind, each of which belongs to several of queries, or of values."""
-        return config.num_key_value_heads if self.mixer(kind) is self.attention else config.linear_num_key_heads
+        is_attention = self.mixer(kind) is self.attention
+        return of_kind(config, kind).num_key_value_heads if is_attention else config.linear_num_key_heads
 
     def new_layer(self, config: PretrainedConfig, kind: Kind) -> DecoderLayer:
         """A decoder layer of some kind, without weights."""
         if kind:
-            config = copy.copy(config)
+            config = copy.copy(of_kind(config, kind))
             for name, value in kind.items():
                 setattr(config, name, [value])
         with torch.device("meta"):
@@ -343,6 +374,10 @@ class Family:
         cap = getattr(config, self.logits_cap, None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def scale(self, layer: DecoderLayer) -> Tensor | float:
+        """What all of the stream is multiplied by at the end of a layer."""
+        return layer.get_buffer(self.scalar) if self.scalar else 1.0
+
     def residual_factor(self, config: PretrainedConfig) -> float:
         """What all that is written to the residual stream is multiplied by."""
         return getattr(config, self.residual_multiplier, 1.0)
@@ -363,6 +398,30 @@ _GEMMA2 = Family(
     scaled_embedding=True,
     logits_cap="final_logit_softcapping",
 )
+_GEMMA4 = replace(
+    _GEMMA2, model_type="gemma4_text", title="Gemma4Text", head_norms="each", gain_offset=0.0, scalar="layer_scalar"
+)
+_BESIDE_MLP = Experts(
+    module="experts",
+    router="router",
+    chosen="top_k_experts",
+    shared="mlp",
+    shared_width="intermediate_size",
+    before="pre_feedforward_layernorm_2",
+    after="post_feedforward_layernorm_2",
+    shared_after="post_feedforward_layernorm_1",
+    router_gain="router.scale",
+)
+GEMMA4_MIXTURE = replace(
+    _GEMMA4,
+    mlp=experts_half(
+        _BESIDE_MLP,
+        before="pre_feedforward_layernorm",
+        after="post_feedforward_layernorm",
+        inner=("router.scale", "router.per_expert_scale"),
+    ),
+)
+"""The same type of model, where its config says that experts stand beside each MLP."""
 _OLMO2 = Family(
     "olmo2",
     "Olmo2",
@@ -393,6 +452,8 @@ _ALL = (
     ),
     _GEMMA2,
     replace(_GEMMA2, model_type="gemma3_text", title="Gemma3", head_norms="each"),
+    _GEMMA4,
+    replace(_GEMMA4, model_type="gemma4_unified_text", title="Gemma4UnifiedText"),
     _OLMO2,
     Family(
         "granite",
@@ -486,6 +547,14 @@ def _packed_experts(experts: Experts, named: dict[str, Tensor]) -> dict[str, Ten
     return named
 
 
-def head_dim(config: PretrainedConfig) -> int:
-    """Channels of an attention head."""
+def of_kind(config: PretrainedConfig, kind: Kind) -> PretrainedConfig:
+    """A config as it is for layers of some kind, where heads of another kind differ in size and number."""
+    is_the_same = not getattr(config, "is_heterogeneous", False)  # which older versions of transformers have not
+    of_type: PretrainedConfig = config if is_the_same else config.per_layer_config[kind["layer_types"]]
+    return of_type
+
+
+def head_dim(config: PretrainedConfig, kind: Kind) -> int:
+    """Channels of an attention head in layers of some kind."""
+    config = of_kind(config, kind)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

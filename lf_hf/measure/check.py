@@ -33,7 +33,11 @@ _TOLERANCE = 1e-4  # relative: a layer that differs is off by far more
 _TINY: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 6, "vocab_size": 16}
 _TINY |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 4}
 _TINY |= {"moe_intermediate_size": 6, "shared_expert_intermediate_size": 6, "num_experts": 4, "num_local_experts": 4}
-_TINY |= {"num_experts_per_tok": 2, "_experts_implementation": "eager"}  # other kernels of experts have no float64
+_TINY |= {
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "_experts_implementation": "eager",
+}  # other kernels of experts have no float64
 _TINY |= {"_attn_implementation": "eager", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
@@ -60,6 +64,9 @@ def check_family_entry(config: PretrainedConfig) -> None:
             parameter.normal_(std=0.1 if name.endswith("bias") else parameter.shape[-1] ** -0.5)
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5).sub_(family.gain_offset)
+        if family.scalar:
+            for layer in text_model(model).layers:
+                layer.get_buffer(family.scalar).uniform_(0.5, 1.5)
         for what, ours, theirs in _compared(Decoder(model)):
             if not (ours - theirs).norm() <= _TOLERANCE * theirs.norm():
                 raise ValueError(
@@ -88,11 +95,16 @@ def _shrink(config: PretrainedConfig) -> None:
     """Give a config tiny widths, and a layer of each kind, also of kinds that the family's entry does not name."""
     lists = layer_lists(config).values()
     kinds = [[values[n] for values in lists] for n in range(config.num_hidden_layers)]
-    changes = _TINY | {"hidden_size": 2 * head_dim(config)}
+    widest = max(head_dim(config, kind) for kind in family_of(config).config_kinds(config))
+    changes = _TINY | {"hidden_size": 2 * widest}
     if getattr(config, "sliding_window", None) is not None:
         changes["sliding_window"] = _TOKENS // 2
     set_config_layers(config, [n for n, kind in enumerate(kinds) if kind not in kinds[:n]])
+    of_layers = config.to_dict().get("per_layer_config") or {}
+    config.per_layer_config = None
     config.update(changes)
+    own = {number: {key: changes.get(key, value) for key, value in of.items()} for number, of in of_layers.items()}
+    config.per_layer_config = own or None
 
 
 def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -156,6 +156,11 @@ def _check_kinds(config: FusionConfig, text: PretrainedConfig, free: range) -> N
             f"method={config.method!r} averages layers, and experts of two layers have nothing in common that an "
             "average keeps; give method='refit', which keeps one layer's experts and fits what they write."
         )
+    if config.selection == "last" and family_of(text).scalar:
+        raise ValueError(
+            "selection='last' may take away the full attention that the last layer of a Gemma 4 must have; give "
+            "another one, or method='refit'."
+        )
     kinds = family_of(text).config_kinds(text)[free.start : free.stop]
     alike = [above == below for below, above in pairwise(kinds)]
     if not config.averages or all(alike):

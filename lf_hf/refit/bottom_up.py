@@ -84,7 +84,8 @@ def _best(
     """What misses least of held-out text: the layer as fitted, or trained after that, or one of its group as it is."""
     layers = [build_layer(dense, fit.weights, fit.kind) for _ in range(2)]
     fitted, trained = layers
-    trained.load_state_dict(tune(dense, trained, states, targets, steps), assign=True)  # some are the dense model's
+    # Assigned, as some are the dense model's; a scalar of the layer is not trained.
+    trained.load_state_dict(tune(dense, trained, states, targets, steps), strict=False, assign=True)
     missed = torch.stack(to_host(judge.missed(fitted), judge.missed(trained), *missed_by_layer)).tolist()
     errors = [error if math.isfinite(error) else math.inf for error, _ in missed]  # what overflows is NaN
     best = errors.index(min(errors))

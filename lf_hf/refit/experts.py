@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lf_hf.families.table import Weights
-from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, maps_to, token_weights
-from lf_hf.refit.layer_parts import build_module, folded, normalized
+from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, maps_to
+from lf_hf.refit.layer_parts import build_module, folded, normalized, with_shared_gain
 from lf_hf.refit.regression import DualRegression, Regression
 from lf_hf.refit.states import States, drained
 from lf_hf.runtime.amounts import solved_in_tokens
@@ -31,10 +31,11 @@ def fit_experts(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]
     `group` has the layers' weights, and `read` the streams in front of their experts.
     """
     maps = maps_to(fit, [*drained(read)], group[0][f"{fit.half.writer}.weight"])
-    tokens = _Tokens.of(fit)
+    normed = torch.cat([normalized(fit.decoder, fit.half, state).flatten(0, 1) for state in fit.states])
     best: tuple[float, int, _Mixture] | None = None
+    group[:] = with_shared_gain(fit.half, group)
     for number, (weights, input_map) in enumerate(zip(drained(group), drained(maps), strict=True)):
-        mixture = _Mixture(fit, folded(fit.half, weights, input_map), tokens)
+        mixture = _Mixture(fit, folded(fit.half, weights, input_map), normed)
         mixture.sweep()
         error = float(mixture.error)
         if best is None or error < best[0]:
@@ -42,28 +43,17 @@ def fit_experts(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]
         count = number + 1
     assert best is not None
     _, number, mixture = best
+    error_before, error_after = mixture.error_before, mixture.error
     if not fit.solver.rough_tokens:
+        if fit.half.after:  # sizes in front of norms are known better now
+            mixture = _Mixture(fit, mixture.weights, normed)
         mixture.sweep()
+        error_after = mixture.error
+    if fit.half.after:
+        mixture.fit_gain()
     kept = torch.zeros(count, dtype=torch.int64)
     kept[number] = mixture.num_channels
-    return FittedHalf(mixture.weights, kept, mixture.error_before, mixture.error, mixture.unreached)
-
-
-class _Tokens(NamedTuple):
-    """What the equations are of: tokens T of all text."""
-
-    read: Tensor  # what router and experts read, (T, hidden)
-    target: Tensor  # what the half should write, float32 of (T, hidden)
-    weight: Tensor  # (T,)
-
-    @classmethod
-    def of(cls, fit: HalfFit) -> _Tokens:
-        read, target, weight = [], [], []
-        for state, after in zip(fit.states, fit.targets, strict=True):
-            read.append(normalized(fit.decoder, fit.half, state).flatten(0, 1))
-            target.append(fit.residual_update(after, state).float())
-            weight.append(token_weights(fit.decoder, after))
-        return cls(torch.cat(read), torch.cat(target), torch.cat(weight))
+    return FittedHalf(mixture.weights, kept, error_before, error_after, mixture.unreached)
 
 
 class _Block(NamedTuple):
@@ -73,14 +63,15 @@ class _Block(NamedTuple):
     writer: Tensor  # (hidden, channels): a view of what is fitted
     start: Tensor  # as it was
     bias: Tensor | None  # of the writer
+    after: str  # norm that what it writes goes through, or ""
     tokens: Tensor  # numbers of those that it works on, (n,)
     shares: Tensor  # float32, which what it writes for each is multiplied by, (n,)
 
 
-def _block(weights: Weights, module: str, start: Tensor, tokens: Tensor, shares: Tensor) -> _Block:
+def _block(weights: Weights, module: str, start: Tensor, after: str, tokens: Tensor, shares: Tensor) -> _Block:
     readers, writer = (f"{module}.gate_proj", f"{module}.up_proj"), f"{module}.down_proj"
     pairs = [(weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in readers]
-    return _Block(pairs, weights[f"{writer}.weight"], start, weights.get(f"{writer}.bias"), tokens, shares)
+    return _Block(pairs, weights[f"{writer}.weight"], start, weights.get(f"{writer}.bias"), after, tokens, shares)
 
 
 class _Mixture:
@@ -89,26 +80,36 @@ class _Mixture:
     `unreached` counts the experts that no token is given to, and `num_channels` those of all of them.
     """
 
-    def __init__(self, fit: HalfFit, weights: Weights, tokens: _Tokens) -> None:
+    def __init__(self, fit: HalfFit, weights: Weights, read: Tensor) -> None:
         names = fit.half.parameter_names
         self.weights = {name: weight for name, weight in weights.items() if name in names}
-        self._fit, self._tokens = fit, tokens
-        self._blocks = sorted(self._make_blocks(), key=lambda block: -len(block.tokens))  # busiest first
+        self._fit, self._read = fit, read  # the latter by router and experts, (tokens T, hidden)
+        equations = [fit.to_write(weights, *of_batch) for of_batch in zip(fit.targets, fit.states, strict=True)]
+        self._left = torch.cat([y.float() for y, _ in equations])  # what is left to write, (T, hidden)
+        self._weight = torch.cat([token_weight.float() for _, token_weight in equations])  # (T,)
+        self._energy = self._weighted_square(self._left)
+        self._as_given = sorted(self._make_blocks(), key=lambda block: -len(block.tokens))  # busiest first
+        self._blocks = self._as_given  # with shares as norms behind them leave them
         self.unreached = sum(len(block.tokens) == 0 for block in self._blocks)
         self.num_channels = sum(block.writer.shape[1] for block in self._blocks)
-        self._left = tokens.target.clone()
+        if fit.half.after:
+            _, factors = self._written()
+            self._blocks = [
+                block._replace(shares=block.shares * factor[block.tokens])
+                for block, factor in zip(self._blocks, factors, strict=True)
+            ]
         squares = torch.zeros((), device=self._left.device)
         for block in self._blocks:
             x = self._channels(block)
-            self._write(block, x, alpha=-1)
+            self._add(block, x, alpha=-1)
             if block.bias is not None:
                 self._left.index_add_(0, block.tokens, block.shares[:, None] * block.bias.float(), alpha=-1)
-            squares += tokens.weight[block.tokens] @ torch.linalg.vecdot(x, x)
+            squares += self._weight[block.tokens] @ torch.linalg.vecdot(x, x)
         self._scale = squares / self.num_channels  # the mean of the diagonal of the gram matrix of all channels
         self.error_before = self.error
 
     def _make_blocks(self) -> list[_Block]:
-        fit, weights, read = self._fit, self.weights, self._tokens.read
+        fit, weights, read = self._fit, self.weights, self._read
         experts = fit.half.experts
         assert experts is not None
         _, shares, chosen = build_module(fit.decoder, experts.router, weights)(read)  # the last two (T, chosen)
@@ -121,12 +122,18 @@ class _Mixture:
         blocks = []
         for number, of_expert in enumerate(zip(tokens, shares, strict=True)):
             own = {name: weight[number] for name, weight in weights.items() if name.startswith(experts.module)}
-            blocks.append(_block(own, experts.module, start[number], *of_expert))
+            blocks.append(_block(own, experts.module, start[number], experts.after, *of_expert))
         if experts.shared:
-            share = linear(read, weights[f"{experts.shared_gate}.weight"]).sigmoid().float()
-            tokens = torch.arange(len(read), device=read.device)
-            blocks.append(_block(weights, experts.shared, self._to_fit(experts.shared), tokens, share[:, 0]))
+            start = self._to_fit(experts.shared)
+            share = torch.ones(len(read), device=read.device)
+            if experts.shared_gate:
+                share = linear(read, weights[f"{experts.shared_gate}.weight"])[:, 0].sigmoid().float()
+            everything = torch.arange(len(read), device=read.device)
+            blocks.append(_block(weights, experts.shared, start, experts.shared_after, everything, share))
         return blocks
+
+    def _gain(self, norm: str) -> Tensor:
+        return self.weights[f"{norm}.weight"].float() if norm else torch.ones((), device=self._left.device)
 
     def _to_fit(self, module: str) -> Tensor:
         """What a module writes with, as it was; what is fitted is a copy in its place."""
@@ -141,31 +148,54 @@ class _Mixture:
             if len(block.tokens) == 0:
                 continue
             x = self._channels(block)
-            self._write(block, x, alpha=1)
+            self._add(block, x, alpha=1)
+            y = self._left[block.tokens]
+            if block.after:
+                gain = self._gain(block.after)
+                y = torch.where(gain == 0, 0.0, y / gain)
             problem = self._problem(block)
-            problem.add(x, self._left[block.tokens], self._tokens.weight[block.tokens])
+            problem.add(x, y, self._weight[block.tokens])
             problem.complete()
             block.writer.copy_(problem.ridge(block.start, self._fit.ridge, self._scale).weight)
-            self._write(block, x, alpha=-1)
+            self._add(block, x, alpha=-1)
+
+    def fit_gain(self) -> None:
+        """Fit the gains of the norm behind all that is written."""
+        fit = self._fit
+        written, _ = self._written()
+        sizes = [state.shape[:2].numel() for state in fit.states]
+        self.weights[f"{fit.half.after}.weight"] = fit.fitted_gain(self.weights, written.split(sizes))
 
     @property
     def error(self) -> Tensor:
-        """Weighted sum of the squares of what is left, over that of the target: float64 of shape ()."""
-        left, target = (
-            in_float64(self._tokens.weight) @ in_float64(torch.linalg.vecdot(part, part))
-            for part in (self._left, self._tokens.target)
-        )
-        return left / target.clamp(min=torch.finfo(torch.float32).tiny)
+        """What is left, squared and weighted, over all that is to be written: float64 of shape ()."""
+        return self._weighted_square(self._left) / self._energy.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _weighted_square(self, y: Tensor) -> Tensor:
+        return in_float64(self._weight) @ in_float64(torch.linalg.vecdot(y, y))
+
+    def _written(self) -> tuple[Tensor, list[Tensor]]:
+        """What is written in front of the norm behind all, (T, hidden), and for each block what that norm and the one
+        behind the block multiply by, (T,), but for gains."""
+        parts = {block.after: torch.zeros_like(self._left) for block in self._as_given}
+        for block in self._as_given:
+            parts[block.after].index_add_(0, block.tokens, linear(self._channels(block), block.writer.float()))
+        factors = {after: self._fit.mean_square(part).rsqrt() for after, part in parts.items()}
+        normed = [self._gain(after) * part * factors[after][:, None] for after, part in parts.items()]
+        written = torch.stack(normed).sum(0)
+        factor = self._fit.mean_square(written).rsqrt()
+        return written, [factors[block.after] * factor for block in self._as_given]
 
     def _channels(self, block: _Block) -> Tensor:
         """What a block's writer reads, times its shares: float32 of (n, channels)."""
-        read, decoder = self._tokens.read[block.tokens], self._fit.decoder
-        parts = (linear(read, weight, bias) for weight, bias in block.readers)
+        decoder = self._fit.decoder
+        parts = (linear(self._read[block.tokens], weight, bias) for weight, bias in block.readers)
         return decoder.family.activated(decoder.config, *parts).float() * block.shares[:, None]
 
-    def _write(self, block: _Block, x: Tensor, alpha: int) -> None:
+    def _add(self, block: _Block, x: Tensor, alpha: int) -> None:
         """Add what a block writes to what is left, or take it from that."""
-        self._left.index_add_(0, block.tokens, linear(x, block.writer.float()), alpha=alpha)
+        written = linear(x, block.writer.float()) * self._gain(block.after)
+        self._left.index_add_(0, block.tokens, written, alpha=alpha)
 
     def _problem(self, block: _Block) -> Problem:
         """In tokens where they are few: so is that of an expert that hardly any are given to."""

@@ -40,6 +40,7 @@ from lf_hf.refit.layer_parts import (
     stacked_writers,
     with_gain,
     with_one_norm,
+    with_shared_gain,
 )
 from lf_hf.refit.regression import FitError, Solver, expanded, solving
 from lf_hf.refit.states import States, drained, keep
@@ -81,10 +82,12 @@ def fit_group(
     fused = build_layer(decoder, attended.weights, kind)
     mid_states = keep(decoder, (mid_state(decoder, fused, state) for state in states))
     del fused
-    mlp = HalfFit(decoder, family.mlp, mid_states, traces.output, traces.solver, ridge)
+    mlp = HalfFit(decoder, family.mlp, mid_states, traces.output, traces.solver, ridge, traces.scale)
     gated = (fit_experts if family.mlp.experts else fit_mlp)(mlp, group, traces.mid_states)
 
     fitted = attended.weights | gated.weights
+    if family.scalar:
+        fitted[family.scalar] = torch.as_tensor(traces.scale)
     for name, weight in fitted.items():
         fitted[name] = weight.contiguous()
     return MadeLayer(fitted, kind, _read_entry(attended, gated, fitted, traces.solver, first))
@@ -127,15 +130,18 @@ def fit_attention(
         for weights, input_map, kind in zip(group, maps, kinds, strict=True)
     ]
     del maps
-    return _keep_one_mixer(fit, layers, kinds) if family.delta_net else _select_heads(fit, layers, kinds)
+    widths = {layer[f"{family.mixer(kind).writer}.weight"].shape[1] for layer, kind in zip(layers, kinds, strict=True)}
+    if family.delta_net or len(widths) > 1:
+        return _keep_one_mixer(fit, layers, kinds)
+    return _select_heads(fit, layers, kinds)
 
 
 def _keep_one_mixer(
     fit: HalfFit, layers: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]
 ) -> tuple[Kind, FittedHalf]:
-    """All that one layer of a hybrid has before its MLP: each is fitted by itself, and the best fit is taken."""
+    """All that one layer has before its MLP: each is fitted by itself, and the best fit is taken."""
     family, fitted = fit.decoder.family, []
-    for number, (weights, kind) in enumerate(zip(layers, kinds, strict=True)):
+    for number, (weights, kind) in enumerate(zip(with_shared_gain(fit.half, layers), kinds, strict=True)):
         alone = replace(fit, half=family.mixer(kind))
         problem = alone.build_problem(weights, alone.writer_inputs(weights, kind))
         num_kept = torch.zeros(len(layers), dtype=torch.int64)
@@ -150,13 +156,14 @@ def _select_heads(fit: HalfFit, layers: Sequence[dict[str, Tensor]], kinds: Sequ
     """The best key-value groups, each with its query heads, of all layers; or all those of one layer.
 
     Heads of layers of different kinds cannot be side by side. Where a norm is over all heads of a layer, they depend on
-    each other; and where it comes behind rotary embeddings, its gains cannot move into heads' rows. Then all attention
-    of one layer is kept.
+    each other; and where it comes behind rotary embeddings, or keys are values too, its gains cannot move into heads'
+    rows. Then all attention of one layer is kept.
     """
     half, count, family = fit.half, len(layers), fit.decoder.family
     whole = family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds)
+    whole |= "self_attn.v_proj.weight" not in layers[0]
     query_rows, key_rows = (len(layers[0][f"self_attn.{name}.weight"]) for name in ("q_proj", "k_proj"))
-    num_groups = key_rows // head_dim(fit.decoder.config)
+    num_groups = key_rows // head_dim(fit.decoder.config, kinds[0])
     keep = 1 if whole else num_groups
     wide = layers[0] | stacked(half, layers, fit.measure_sizes(layers, kinds))
     parts = [fit.writer_inputs(weights, kind) for weights, kind in zip(layers, kinds, strict=True)]
@@ -215,7 +222,10 @@ def _largest(
     half, decoder = fit.half, fit.decoder
     down = stacked_writers(half, group, sizes)[f"{half.writer}.weight"]
     norms = torch.cat([part.float().square().sum(0) for part in down.split(256, dim=1)]).sqrt()  # of what each writes
-    maps = [with_gain(half, weights, input_map).to(down) for weights, input_map in zip(group, maps, strict=True)]
+    maps = [
+        with_gain(weights, half.gain(half.readers[0]), input_map).to(down)
+        for weights, input_map in zip(group, maps, strict=True)
+    ]
     size = torch.zeros_like(norms)
     for state in fit.states:
         some = state[:, ::TOKEN_STRIDE]

@@ -96,6 +96,8 @@ class HalfFit:
         The stream as it should be after the half.
     solver
         Of all problems of the group's fit.
+    scale
+        What the stream is multiplied by behind the half that is made, of shape (1,) if it is a tensor.
     """
 
     decoder: Decoder
@@ -104,6 +106,7 @@ class HalfFit:
     targets: Sequence[Tensor]
     solver: Solver
     ridge: float
+    scale: Tensor | float = 1.0
 
     def writer_inputs(self, weights: Weights, kind: Kind | None) -> WriterInputs:
         """What the writer reads in a half of these weights; `kind` is the layer's for attention, and None for an
@@ -125,7 +128,7 @@ class HalfFit:
             x_of = self.writer_inputs(weights, kind)
             total = torch.zeros((), dtype=torch.float64)
             for state in states:
-                squares = self._mean_square(self._written(weights, x_of(state)).float())  # (B * T,)
+                squares = self.mean_square(self._written(weights, x_of(state)).float())  # (B * T,)
                 total = total + in_float64(squares).log().sum() / 2
             totals.append(total)
         num_tokens = sum(state.shape[:2].numel() for state in states)
@@ -147,22 +150,30 @@ class HalfFit:
         In front of a norm y is what should come out of it, divided by its gains and brought to size 1, as only its
         direction passes the norm. The weight grows with its size. x is divided by the size that the norm divides by.
         """
-        y = self.residual_update(target, state)
-        token_weight = token_weights(self.decoder, target)
+        y, token_weight = self.to_write(weights, target, state)
         bias = weights.get(f"{self.half.writer}.bias")
         if self.half.after is None:
             return x, y if bias is None else y - bias, token_weight
-        scale = self._mean_square(self._written(weights, x).float())[:, None].rsqrt()  # (B * T, 1)
+        scale = self.mean_square(self._written(weights, x).float())[:, None].rsqrt()  # (B * T, 1)
+        if bias is not None:
+            y = y - bias * scale
+        return x * scale, y, token_weight
+
+    def to_write(self, weights: Weights, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """y and the weight of each token, as in `equations`, with what biases are of it."""
+        y = self.residual_update(target, state)
+        token_weight = token_weights(self.decoder, target)
+        if self.half.after is None:
+            return y, token_weight
         gain = weights[f"{self.half.after}.weight"].to(y.device)
         y = torch.where(gain == 0, 0.0, y.float() / gain)
         size = y.square().mean(-1, keepdim=True).sqrt()
-        y = y / size.clamp(min=torch.finfo(torch.float32).tiny)
-        if bias is not None:
-            y = y - bias * scale
-        return x * scale, y, token_weight * size[:, 0]
+        return y / size.clamp(min=torch.finfo(torch.float32).tiny), token_weight * size[:, 0]
 
     def residual_update(self, target: Tensor, state: Tensor) -> Tensor:
         """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
+        if isinstance(self.scale, Tensor):
+            target = target / self.scale.to(target.device)
         return (target - state).flatten(0, 1) / self.decoder.family.residual_factor(self.decoder.config)
 
     def fit_writer(self, weights: dict[str, Tensor], kept: Tensor, problem: Problem, kind: Kind | None) -> FittedHalf:
@@ -175,17 +186,19 @@ class HalfFit:
             if not self.solver.rough_tokens:  # again, as sizes in front of the norm are known better now
                 fitted = self.build_problem(weights, x_of).ridge(weights[name], self.ridge).weight
                 weights[name] = fitted.to(weights[name])
-            weights[f"{self.half.after}.weight"] = self._fitted_gain(weights, x_of)
+            written = (self._written(weights, x_of(state)) for state in self.states)
+            weights[f"{self.half.after}.weight"] = self.fitted_gain(weights, written)
         return FittedHalf(weights, kept, error_before, error_after)
 
-    def _fitted_gain(self, weights: Weights, x_of: WriterInputs) -> Tensor:
-        """The gains of the norm, by ridge regression of each channel by itself."""
+    def fitted_gain(self, weights: Weights, written: Iterable[Tensor]) -> Tensor:
+        """The gains of the norm, by ridge regression of each channel by itself; `written` is what comes in front of it
+        for each batch of states."""
         gain = weights[f"{self.half.after}.weight"]
         start = gain.to(torch.promote_types(gain.dtype, torch.float32))  # sums over tokens need it
         squares, products = torch.zeros_like(start), torch.zeros_like(start)
-        for state, target in zip(self.states, self.targets, strict=True):
-            x = self._written(weights, x_of(state)).to(start)
-            x = x * self._mean_square(x)[:, None].rsqrt()
+        for state, target, x in zip(self.states, self.targets, written, strict=True):
+            x = x.to(start)
+            x = x * self.mean_square(x)[:, None].rsqrt()
             token_weight = token_weights(self.decoder, target).to(start)
             squares += token_weight @ x.square()
             products += token_weight @ (x * self.residual_update(target, state).to(start))
@@ -196,7 +209,8 @@ class HalfFit:
     def _written(self, weights: Weights, x: Tensor) -> Tensor:
         return linear(x, weights[f"{self.half.writer}.weight"], weights.get(f"{self.half.writer}.bias"))
 
-    def _mean_square(self, written: Tensor) -> Tensor:
+    def mean_square(self, written: Tensor) -> Tensor:
+        """What a norm divides by, squared: (..., hidden) -> (...)."""
         return written.square().mean(-1) + self.decoder.config.rms_norm_eps
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.families.table import DecoderLayer, Half, Kind, Weights
+from lf_hf.families.table import DecoderLayer, Experts, Half, Kind, Weights
 
 _LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 
@@ -21,28 +21,26 @@ _LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 def folded(half: Half, weights: Weights, input_map: Tensor | None = None) -> dict[str, Tensor]:
     """A layer with the gains of a half's norm, and a map that it reads through, (hidden, hidden), in its readers."""
     layer = dict(weights)
-    if input_map is not None:
-        input_map = with_gain(half, weights, input_map)
     for reader in half.readers:
+        if f"{reader}.weight" not in weights:  # as values are not, where keys are values too
+            continue
         weight = wide = weights[f"{reader}.weight"]
         if weight.dtype != torch.bfloat16:  # products of bfloat16 are rounded once, too
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        gain = half.gain(reader)
         if input_map is not None:
-            wide = wide @ input_map.to(wide)
-        elif half.before:
-            wide = wide * weights[f"{half.before}.weight"]
+            wide = wide @ with_gain(weights, gain, input_map).to(wide)
+        elif gain:
+            wide = wide * weights[gain]
         layer[f"{reader}.weight"] = wide.to(weight.dtype)
-    if half.before:
-        layer[f"{half.before}.weight"] = torch.ones_like(weights[f"{half.before}.weight"])
+        if gain:
+            layer[gain] = torch.ones_like(weights[gain])
     return layer
 
 
-def with_gain(half: Half, weights: Weights, input_map: Tensor) -> Tensor:
-    """A map (hidden, hidden), followed by the gains of the norm in front of a half."""
-    if half.before is None:
-        return input_map
-    gain = weights[f"{half.before}.weight"]
-    return input_map.to(gain.device) * gain[:, None]
+def with_gain(weights: Weights, gain: str | None, input_map: Tensor) -> Tensor:
+    """A map (hidden, hidden), followed by gains of some name in a layer, if there are any."""
+    return input_map if gain is None else input_map.to(weights[gain].device) * weights[gain][:, None]
 
 
 def stacked(half: Half, layers: Sequence[Weights], sizes: Tensor | None) -> dict[str, Tensor]:
@@ -87,6 +85,26 @@ def stacked_writers(half: Half, layers: Sequence[Weights], sizes: Tensor | None)
     return wide
 
 
+def with_shared_gain(half: Half, layers: Sequence[Weights]) -> list[dict[str, Tensor]]:
+    """Layers that write as they did but for size, with one gain of the norm behind a half: so their fits compare.
+
+    It is that of `stacked_writers`. What their own gains differ by goes into what writes, or into norms in front.
+    """
+    if half.after is None:
+        return [dict(layer) for layer in layers]
+    name, shared = f"{half.after}.weight", []
+    gains = torch.stack([layer[name] for layer in layers])  # (layers, hidden)
+    gain = gains.to(torch.promote_types(gains.dtype, torch.float32)).square().sum(0).sqrt()
+    inner = [f"{norm}.weight" for norm in (half.experts.after, half.experts.shared_after)] if half.experts else []
+    for layer, share in zip(layers, gains / torch.where(gain == 0, 1, gain), strict=True):
+        new = {**layer, name: gain.to(gains.dtype)}
+        for weight in inner or [f"{half.writer}.weight"]:
+            factor = share if layer[weight].dim() == 1 else share[:, None]
+            new[weight] = (layer[weight] * factor).to(layer[weight].dtype)
+        shared.append(new)
+    return shared
+
+
 def build_layer(decoder: Decoder, weights: Weights, kind: Kind) -> DecoderLayer:
     """A decoder layer of given weights."""
     layer = decoder.family.new_layer(decoder.config, kind)
@@ -116,6 +134,8 @@ def written_by(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor)
     """What a half of a layer writes, in front of a norm if it goes through one: (sequences B, tokens T, hidden)."""
     read = layer.get_submodule(half.before)(state) if half.before else state
     module, family = layer.get_submodule(half.module), decoder.family
+    if half.experts and half.experts.before:
+        return _written_beside(half.experts, layer, read, state)
     if half is family.mlp:
         written = module(read)
         return written[0] if isinstance(written, tuple) else written  # beside which some routers' choices are
@@ -125,13 +145,23 @@ def written_by(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor)
     return module(hidden_states=read, **inputs)[0]
 
 
+def _written_beside(experts: Experts, layer: DecoderLayer, read: Tensor, state: Tensor) -> Tensor:
+    """What an MLP writes, and experts beside it, which read the stream by themselves."""
+    tokens = state.flatten(0, 1)
+    _, shares, chosen = layer.get_submodule(experts.router)(tokens)
+    by_experts = layer.get_submodule(experts.module)(layer.get_submodule(experts.before)(tokens), chosen, shares)
+    by_mlp = layer.get_submodule(experts.shared_after)(layer.get_submodule(experts.shared)(read))
+    return by_mlp + layer.get_submodule(experts.after)(by_experts).view_as(state)
+
+
 @torch.no_grad()
 def after_half(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor) -> Tensor:
     """The residual stream after a half of a layer, from the stream in front of it: (sequences B, tokens T, hidden)."""
     written = written_by(decoder, half, layer, state)
     if half.after:
         written = layer.get_submodule(half.after)(written)
-    return state + (written * decoder.family.residual_factor(decoder.config)).to(state.device)
+    after = state + (written * decoder.family.residual_factor(decoder.config)).to(state.device)
+    return after * decoder.family.scale(layer) if decoder.family.scalar and half is decoder.family.mlp else after
 
 
 def mid_state(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:

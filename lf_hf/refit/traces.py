@@ -28,6 +28,7 @@ class Traces(NamedTuple):
     mid_states: list[States]  # for each layer the stream between its halves
     output: States  # the stream after the group
     solver: Solver  # of the problems of the fit
+    scale: Tensor | float  # what the group multiplies the stream by, beside all that it adds
 
 
 def run_group(decoder: Decoder, layers: Sequence[DecoderLayer], states: States) -> Iterator[Pass]:
@@ -61,13 +62,19 @@ def trace(
     maps = empty_problem(decoder, ((len(layers) - equal) * hidden, hidden), like, solver)
     attended, output = new_list(decoder), new_list(decoder)
     mid_states = [new_list(decoder) for _ in layers]
+    scales: list[Tensor | float] = [1.0]  # in front of each layer, and behind the last one
+    for layer in layers:
+        scales.append(scales[-1] * decoder.family.scale(layer))
     for number, of_batch in enumerate(passes):
         stream = [state.to(like.device) for state in of_batch]
         before, between = stream[:-1:2], stream[1::2]
         state = stream[0] if states is None else states[number].to(like.device)
         add_to_maps(maps, decoder, half, state, before[equal:])
-        attended.append(stream[0] + sum(mid - start for start, mid in zip(before, between, strict=True)))
+        added = (mid - start for start, mid in zip(before, between, strict=True))
+        if decoder.family.scalar:
+            added = (part / scale for part, scale in zip(added, scales[:-1], strict=True))
+        attended.append(stream[0] + sum(added))
         for kept, mid in zip(mid_states, between, strict=True):
             kept.append(mid)
         output.append(stream[-1])
-    return Traces([maps], attended, [*mid_states], output, solver)
+    return Traces([maps], attended, [*mid_states], output, solver, scales[-1])

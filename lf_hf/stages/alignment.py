@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.families.table import PROJECTIONS, Axis, Weights, head_dim
+from lf_hf.families.table import PROJECTIONS, Axis, Weights
 from lf_hf.report.data import RowMatch
 from lf_hf.runtime.numerics import bfloat16_products, in_float64
 from lf_hf.runtime.progress import progress
@@ -51,7 +51,9 @@ def align_layer(
     if alignment == "rows":
         symmetric = {axis.parameter for axis in symmetry}
         symmetry = tuple(axis for axis in _ROW_AXES if f"{axis.permutation}.weight" in symmetric)
-    permutations, matches = match_neurons(weights_i, weights_j, head_dim(decoder.config), symmetry)
+    writer = weights_i.get("self_attn.o_proj.weight")
+    head_dim = writer.shape[1] // decoder.config.num_attention_heads if writer is not None else 1
+    permutations, matches = match_neurons(weights_i, weights_j, head_dim, symmetry)
     aligned = dict(weights_j)
     for axis in symmetry:
         if (weight := aligned.get(axis.parameter)) is not None:

@@ -22,7 +22,7 @@ from lf_hf import FusionConfig
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families import models
 from lf_hf.families.models import MODEL_TYPES, family_of, text_model
-from lf_hf.families.table import FAMILIES, PROJECTIONS, Family, attention_half, head_dim, mlp_half
+from lf_hf.families.table import FAMILIES, PROJECTIONS, Family, attention_half, head_dim, mlp_half, of_kind
 from lf_hf.measure.check import check_family_entry
 from lf_hf.measure.dense import measure
 from lf_hf.measure.generating import continue_prompts, generate
@@ -40,10 +40,15 @@ SETTINGS: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": 1024, 
 LONGER = torch.randint(2, 320, (60, 24), generator=torch.Generator().manual_seed(2))
 
 
+WITHOUT_EXPERTS = [
+    layout for layout, (kind, given) in LAYOUTS.items() if not family_of(tiny_config(kind, **given)).mlp.experts
+]
+
+
 def in_another_order(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
     """A layer with its neurons, its heads and those that share a key-value head reordered, one parameter at a time."""
     neurons = torch.randperm(config.intermediate_size, generator=torch.Generator().manual_seed(5))
-    kv_heads, channels = config.num_key_value_heads, head_dim(config)
+    kv_heads, channels = config.num_key_value_heads, head_dim(config, {})
     group = config.num_attention_heads // kv_heads
     key_values = [h * channels + c for h in reversed(range(kv_heads)) for c in range(channels)]
     queries = [h * channels + c for h in reversed(range(kv_heads * group)) for c in range(channels)]
@@ -62,14 +67,14 @@ def in_another_order(weights: dict[str, torch.Tensor], config: Any) -> dict[str,
     return moved
 
 
-@pytest.mark.parametrize("layout", [name for name, (kind, _) in LAYOUTS.items() if kind not in MIXTURES])
+@pytest.mark.parametrize("layout", WITHOUT_EXPERTS)
 def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(layout: str) -> None:
     model_type, overrides = LAYOUTS[layout]
     model = tiny_model(model_type, **overrides)
     decoder = Decoder(model)
     layer = decoder.layer(0)
     weights, kind = decoder.family.unpacked(layer), decoder.family.layer_kind(layer)
-    shuffled = in_another_order(weights, decoder.config)
+    shuffled = in_another_order(weights, of_kind(decoder.config, kind))
     [state] = decoder.embed([IDS])
     with torch.no_grad():  # the copy computes the same, which is what makes it one
         expected = decoder.run_layer(layer, state)
@@ -92,10 +97,12 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, rou
     first = 2  # the pair is of two kinds where there are some
     idle(model, first + 1 - active)
     decoder = Decoder(model)
-    kind, key_values = decoder.family.layer_kind(decoder.layer(first + active)), decoder.config.num_key_value_heads
+    kind = decoder.family.layer_kind(decoder.layer(first + active))
+    key_values = decoder.family.num_key_heads(decoder.config, kind)
     states = decoder.embed(decoder.make_batches(list(LONGER)))
     fit, fused, traces = fitted(decoder, (first, first + 1), states, ridge=1e-4, rough=rough)
     width = 8 * 12 + 10 * (model_type == "qwen3_5_moe_text") if model_type in MIXTURES else 48
+    width += 8 * 12 * (layout == "experts beside an MLP")
     assert fit.entry.channels_kept == [width * (active == 0), width * (active == 1)]
     assert fit.entry.heads_kept in (None, [key_values * (active == 0), key_values * (active == 1)])
     assert fit.kind == kind
