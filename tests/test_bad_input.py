@@ -252,7 +252,7 @@ OTHERS = {
     **dict.fromkeys(("deepseek_v3", "llama4", "ernie4_5_moe"), "of mixtures of experts only those of these types"),
     **dict.fromkeys(("granitemoehybrid", "nemotron_h"), "its layers are Mamba's"),
     **{"gemma3n": "its layers share keys and values", "lfm2": "its layers are convolutions"},
-    "llava": "save its decoder, a 'llama', by itself and fuse that; gemma3, gemma4, gemma4_unified, mistral3, qwen3_vl fuse as a whole",
+    "llava": "save its decoder, a 'llama', by itself and fuse that; gemma3, .*, qwen3_vl fuse as a whole",
 }
 for kind, words in OTHERS.items():
     dense = ', "num_local_experts": 0' if kind == "granitemoehybrid" else ""  # as in its dense models
