@@ -28,7 +28,7 @@ from lf_hf.text.calibration import CalibrationSamples, Corpus
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
 HEADS = {"sliding_window": 5, "head_dim": 12}
 CAPPED = {"query_pre_attn_scalar": 10, "final_logit_softcapping": 3.0}
-GEMMA4 = {"sliding_window": 5, "head_dim": 8, "global_head_dim": 12, "num_global_key_value_heads": 1}
+GEMMA4: dict[str, Any] = {"sliding_window": 5, "head_dim": 8, "global_head_dim": 12, "num_global_key_value_heads": 1}
 GEMMA4 |= {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 3.0}
 GEMMA4 |= {
     "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "sliding", "full")]
