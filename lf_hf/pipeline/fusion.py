@@ -143,8 +143,8 @@ def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionCon
     """The settings with what follows from a model; ValueError if it has too few layers for them."""
     text = model_config.get_text_config()
     free, why = free_layers(model_config, config.selection)
-    config = config.for_layers(text.num_hidden_layers, free, why)
-    config = config.for_width(family_of(text).mlp_width(text), num_parameters(model_config)[0])
+    width, (of_layer, _) = family_of(text).mlp_width(text), num_parameters(model_config)
+    config = config.for_layers(text.num_hidden_layers, free, why).for_width(width, of_layer)
     _check_kinds(config, text, free)
     return config
 

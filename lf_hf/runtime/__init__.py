@@ -1,1 +1,1 @@
-"""What the machine gives: the processes of a launch, free memory, numbers of any device, progress, strict JSON."""
+"""What the machine gives: the processes of a launch, free memory, numbers of any device, progress."""
