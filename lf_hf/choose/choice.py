@@ -186,4 +186,5 @@ def _choosing_by_cost(setup: Setup, config: FusionConfig) -> Need:
     work += setup.forward(trials * (fitted + judging), shape.layers * 2 // 3)
     work += setup.head((measured * judging_groups + trials * judging) // stride)
     work += times(fit(2)[1], measured) + times(fit(1 + math.ceil(fusions / groups))[1], trials * groups)
-    return Need(running + max(longest_fit, set_logits, group_logits), lists, work)
+    inside = running + max(longest_fit, set_logits, group_logits)
+    return Need(inside, lists, work, away=setup.longest * shape.layer_bytes)

@@ -67,7 +67,7 @@ def _fit(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measure
 
 
 def _count_first(setup: Setup, config: FusionConfig) -> Need:
-    return Need(config.least_fusions * setup.shape.layer_bytes, 0, Work())
+    return Need(0, 0, Work(), here=config.least_fusions * setup.shape.layer_bytes)
 
 
 def _count_fit(setup: Setup, config: FusionConfig) -> Need:

@@ -22,11 +22,16 @@ Work = Counter[str]
 
 @dataclass(frozen=True)
 class Need:
-    """What a phase takes beside the model's weights: bytes where layers compute, bytes of lists of states, and work."""
+    """What a phase takes beside the model's weights: bytes where layers compute, bytes of lists of states, and work.
+
+    `here`: bytes beside those of weights that lie where layers compute, and `away`: where none of them does.
+    """
 
     inside: int
     lists: int
     work: Work
+    here: int = 0
+    away: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Setup:
         scores = 0  # of a token
         if self.on_card and shape.size == 4 and shape.keys < shape.queries:
             scores = 10 * shape.heads * min(length, shape.positions)
-        return self.batch(length, tokens) * ((2 * shape.readers * shape.mlp + 10 * shape.hidden) * shape.size + scores)
+        numbers = 2 * shape.readers * shape.mlp + (10 + 3 * shape.chosen) * shape.hidden  # each expert has its own rows
+        return self.batch(length, tokens) * (numbers * shape.size + scores)
 
     def states(self, tokens: int) -> int:
         """Bytes of a list of the states of so many tokens."""
@@ -91,4 +97,4 @@ def activation_bytes(shape: Shape) -> int:
     norms = 4 if shape.has_norm_after else 2
     of_heads = 8 * (shape.queries + shape.keys) * shape.has_head_norms
     mixer = max(8 * (shape.queries + 2 * shape.keys) + of_heads, shape.delta)
-    return 10 * norms * shape.hidden + mixer + 4 * shape.readers * shape.mlp
+    return (10 * norms + 6 * shape.chosen) * shape.hidden + mixer + 4 * shape.readers * shape.mlp

@@ -29,6 +29,7 @@ class Shape:
     active: int  # of these, those that work on a token
     experts: int  # of a layer, 0 where it has an MLP
     chosen: int  # of these, those that work on a token
+    shared: int  # channels of an MLP beside experts
     total: int  # of the model, tied ones once
     size: int
     has_norm_after: bool  # whether halves write through a norm, and so are fitted twice
@@ -59,6 +60,7 @@ class Shape:
             active=layer - (count - chosen) * of_experts,
             experts=count,
             chosen=chosen,
+            shared=family.shared_width(text),
             total=_count(model),
             size=size,
             has_norm_after=family.mlp.after is not None,
@@ -81,8 +83,15 @@ class Shape:
 
     @property
     def adapters(self) -> int:
-        """Parameters of a LoRA of rank 1 on all projections of a layer."""
-        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + (self.readers + 1) * (self.hidden + self.mlp)
+        """Parameters of a LoRA of rank 1 on all projections of a layer but for those of experts."""
+        channels = self.shared if self.experts else self.mlp
+        of_mlp = (self.readers + 1) * (self.hidden + channels) if channels else 0
+        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + of_mlp
+
+    @property
+    def expert_width(self) -> int:
+        """Channels of an expert."""
+        return (self.mlp - self.shared) // max(1, self.chosen)
 
 
 def _delta_bytes(text: Any) -> int:

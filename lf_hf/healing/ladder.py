@@ -79,11 +79,11 @@ def training_bytes(shape: Shape, machine: Machine, layers: int, trained: int, to
 def training_work(shape: Shape, layers: int, trained: int, healing: HealSettings, *, checkpoints: bool) -> Work:
     """Steps, and looks at held-out text: forward, gradients of states and of what trains, and both models' heads."""
     tokens = healing.tokens
-    weight_gradients = 2 * min(trained, layers * shape.layer)
-    a_token = (4 + 2 * checkpoints) * layers * shape.layer + weight_gradients
+    weight_gradients = 2 * min(trained, layers * shape.active)
+    a_token = (4 + 2 * checkpoints) * layers * shape.active + weight_gradients
     steps = max(1, tokens // healing.batch_tokens)
     look = HELD_OUT * _KINDS * healing.length  # tokens of a look at held-out text
     seen = (min(EVALUATIONS, steps) + 1) * look
     work = Work(layer=tokens * a_token, head=tokens * 6 * shape.head, logits=3 * tokens * shape.vocab)
-    work += Work(layer=seen * 2 * layers * shape.layer, head=seen * 4 * shape.head, logits=2 * seen * shape.vocab)
+    work += Work(layer=seen * 2 * layers * shape.active, head=seen * 4 * shape.head, logits=2 * seen * shape.vocab)
     return work + Work(bytes=steps * STEP_BYTES * trained)

@@ -161,16 +161,17 @@ def plan(
     room = own + phases.most(resting_place)
     in_memory = PYTHON + CONTEXT + max(phases.written, phases.lists * (resting_place == "host"))  # beside a card
     if device_map is None and shape.bytes + room > free:
-        room = max(room + phases.passing, own + phases.written)
+        room = own + max(phases.most(resting_place, away=True) + phases.passing, phases.written)
         device_map = _placed(model, dtype, machine, room, in_memory)
     weights = _weights_by_place(model, dtype, device_map or {"": device}, device)
     phases = phases.with_setup(on_disk="disk" in weights)
     lies_elsewhere = weights.keys() != {device}
     beside = own + weights.get(device, 0)
-    taken = {
-        name: beside + phases.passing * lies_elsewhere + need.inside + need.lists * (resting_place == "device")
-        for name, need in phases.needs.items()
-    }
+    taken = {}
+    for name, need in phases.needs.items():
+        lists = need.lists * (resting_place == "device")
+        made = need.here * weights.get(device, 0) // shape.bytes
+        taken[name] = beside + need.inside + lists + made + (phases.passing + need.away) * lies_elsewhere
     work = {name: need.work for name, need in phases.needs.items()}
     parameters = shape.total, shape.total - fusion.least_fusions * shape.layer
     made, in_training = parameters[1] * shape.size, 0
@@ -227,7 +228,7 @@ class _Phases:
     def passing(self) -> int:
         """Bytes of layers that come and go, and of embeddings, where weights lie elsewhere."""
         shape = self.setup.shape
-        return (_OFFLOADED + self.setup.longest * self.config.fits) * shape.layer_bytes + shape.head * shape.size
+        return _OFFLOADED * shape.layer_bytes + shape.head * shape.size
 
     @property
     def written(self) -> int:
@@ -238,17 +239,21 @@ class _Phases:
     @property
     def least(self) -> int:
         """What would do beside what is taken before there are weights: with all of them here, or all elsewhere."""
-        inside = self.most("elsewhere")
-        return min(inside + self.setup.shape.bytes, max(inside + self.passing, self.written))
+        here = self.most("elsewhere") + self.setup.shape.bytes
+        return min(here, max(self.most("elsewhere", here=False, away=True) + self.passing, self.written))
 
     @property
     def lists(self) -> int:
         """The most bytes of lists of states."""
         return max(need.lists for need in self.needs.values())
 
-    def most(self, resting_place: str) -> int:
-        """The most bytes of a phase, with lists of states where these are on the "device"."""
-        return max(need.inside + need.lists * (resting_place == "device") for need in self.needs.values())
+    def most(self, resting_place: str, *, here: bool = True, away: bool = False) -> int:
+        """The most bytes of a phase, with lists of states where these are on the "device", and weights `here` or
+        `away` as in `Need`, or both."""
+        return max(
+            need.inside + need.here * here + need.away * away + need.lists * (resting_place == "device")
+            for need in self.needs.values()
+        )
 
 
 def _minutes(work: Mapping[str, Work], rates: Callable[[], Rates] | None) -> dict[str, float] | None:

@@ -161,10 +161,12 @@ def making(setup: Setup, config: FusionConfig, groups: int) -> Need:
     fit, _ = fitting(setup, length, tokens, setup.longest, is_rough=False)
     _, of_fit = fitting(setup, length, tokens, 1 + math.ceil(config.least_fusions / groups), is_rough=False)
     trained, of_training = tuning(setup, tokens, length)
+    inside = setup.running(length, tokens) + max(fit, trained)
     made = config.least_fusions * setup.shape.layer_bytes  # at most
-    inside = setup.running(length, tokens) + made + max(fit, trained)
+    group = setup.longest * setup.shape.layer_bytes  # which is given up before the layer that is made of it trains
     # Lists: between the halves of each layer; before all of them, after all attention and after all of them; of the
     # model as it becomes.
     lists = setup.states((setup.longest + 4) * tokens)
     # One stream from the first to the last group, and the dense one up to that: as long as all layers together.
-    return Need(inside, lists, setup.forward(tokens, setup.shape.layers) + times(of_fit + of_training, groups))
+    work = setup.forward(tokens, setup.shape.layers) + times(of_fit + of_training, groups)
+    return Need(inside, lists, work, here=made, away=max(0, fit + group - max(fit, trained)))

@@ -10,19 +10,25 @@ The layer whose router and experts are kept is the one whose experts come neares
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lf_hf.decoder.demand import Setup, Work
 from lf_hf.families.table import Weights
 from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, maps_to
 from lf_hf.refit.layer_parts import build_module, folded, normalized, with_shared_gain
 from lf_hf.refit.regression import DualRegression, Regression
 from lf_hf.refit.states import States, drained
 from lf_hf.runtime.amounts import solved_in_tokens
-from lf_hf.runtime.numerics import in_float64
+from lf_hf.runtime.numerics import bfloat16_products, in_float64
+
+_ROWS = 8192  # tokens of an expert that are in float32 at a time
+_BUSIEST = 4  # times as many tokens as the mean that the busiest expert is given, about
 
 
 def fit_experts(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) -> FittedHalf:
@@ -67,6 +73,11 @@ class _Block(NamedTuple):
     tokens: Tensor  # numbers of those that it works on, (n,)
     shares: Tensor  # float32, which what it writes for each is multiplied by, (n,)
 
+    def parts(self) -> Iterator[_Block]:
+        """The same of some tokens at a time."""
+        for tokens, shares in zip(self.tokens.split(_ROWS), self.shares.split(_ROWS), strict=True):
+            yield self._replace(tokens=tokens, shares=shares)
+
 
 def _block(weights: Weights, module: str, start: Tensor, after: str, tokens: Tensor, shares: Tensor) -> _Block:
     readers, writer = (f"{module}.gate_proj", f"{module}.up_proj"), f"{module}.down_proj"
@@ -99,12 +110,12 @@ class _Mixture:
                 for block, factor in zip(self._blocks, factors, strict=True)
             ]
         squares = torch.zeros((), device=self._left.device)
-        for block in self._blocks:
-            x = self._channels(block)
-            self._add(block, x, alpha=-1)
-            if block.bias is not None:
-                self._left.index_add_(0, block.tokens, block.shares[:, None] * block.bias.float(), alpha=-1)
-            squares += self._weight[block.tokens] @ torch.linalg.vecdot(x, x)
+        for part in chain.from_iterable(block.parts() for block in self._blocks):
+            x = self._channels(part)
+            self._add(part, x, alpha=-1)
+            if part.bias is not None:
+                self._left.index_add_(0, part.tokens, part.shares[:, None] * part.bias.float(), alpha=-1)
+            squares += self._weight[part.tokens] @ torch.linalg.vecdot(x.float(), x.float())
         self._scale = squares / self.num_channels  # the mean of the diagonal of the gram matrix of all channels
         self.error_before = self.error
 
@@ -147,17 +158,19 @@ class _Mixture:
         for block in self._blocks:
             if len(block.tokens) == 0:
                 continue
-            x = self._channels(block)
-            self._add(block, x, alpha=1)
-            y = self._left[block.tokens]
-            if block.after:
-                gain = self._gain(block.after)
-                y = torch.where(gain == 0, 0.0, y / gain)
             problem = self._problem(block)
-            problem.add(x, y, self._weight[block.tokens])
+            parts = [(part, self._channels(part)) for part in block.parts()]
+            for part, x in parts:
+                self._add(part, x, alpha=1)
+                y = self._left[part.tokens]
+                if part.after:
+                    gain = self._gain(part.after)
+                    y = torch.where(gain == 0, 0.0, y / gain)
+                problem.add(x, y, self._weight[part.tokens])
             problem.complete()
             block.writer.copy_(problem.ridge(block.start, self._fit.ridge, self._scale).weight)
-            self._add(block, x, alpha=-1)
+            for part, x in parts:
+                self._add(part, x, alpha=-1)
 
     def fit_gain(self) -> None:
         """Fit the gains of the norm behind all that is written."""
@@ -178,8 +191,8 @@ class _Mixture:
         """What is written in front of the norm behind all, (T, hidden), and for each block what that norm and the one
         behind the block multiply by, (T,), but for gains."""
         parts = {block.after: torch.zeros_like(self._left) for block in self._as_given}
-        for block in self._as_given:
-            parts[block.after].index_add_(0, block.tokens, linear(self._channels(block), block.writer.float()))
+        for part in chain.from_iterable(block.parts() for block in self._as_given):
+            parts[part.after].index_add_(0, part.tokens, self._product(part, self._channels(part)))
         factors = {after: self._fit.mean_square(part).rsqrt() for after, part in parts.items()}
         normed = [self._gain(after) * part * factors[after][:, None] for after, part in parts.items()]
         written = torch.stack(normed).sum(0)
@@ -187,14 +200,21 @@ class _Mixture:
         return written, [factors[block.after] * factor for block in self._as_given]
 
     def _channels(self, block: _Block) -> Tensor:
-        """What a block's writer reads, times its shares: float32 of (n, channels)."""
+        """What a block's writer reads, times its shares: (n, channels)."""
         decoder = self._fit.decoder
         parts = (linear(self._read[block.tokens], weight, bias) for weight, bias in block.readers)
-        return decoder.family.activated(decoder.config, *parts).float() * block.shares[:, None]
+        channels = decoder.family.activated(decoder.config, *parts)
+        return (channels.float() * block.shares[:, None]).to(channels.dtype)
+
+    @staticmethod
+    def _product(block: _Block, x: Tensor) -> Tensor:
+        """What a block writes in front of a norm behind it: float32 of (n, hidden)."""
+        with bfloat16_products(x.dtype == torch.bfloat16):
+            return linear(x.float(), block.writer.float())
 
     def _add(self, block: _Block, x: Tensor, alpha: int) -> None:
         """Add what a block writes to what is left, or take it from that."""
-        written = linear(x, block.writer.float()) * self._gain(block.after)
+        written = self._product(block, x) * self._gain(block.after)
         self._left.index_add_(0, block.tokens, written, alpha=alpha)
 
     def _problem(self, block: _Block) -> Problem:
@@ -204,3 +224,20 @@ class _Mixture:
         if solved_in_tokens(len(block.tokens), inputs):
             return DualRegression(device, dtype, solver)
         return Regression(inputs, outputs, device, dtype, solver)
+
+
+def fitting_experts(setup: Setup, tokens: int, joined: int, *, is_rough: bool) -> tuple[int, Work]:
+    """Bytes and work of the fit of the experts of `joined` layers as one layer's."""
+    shape = setup.shape
+    hidden, width = shape.hidden, max(shape.expert_width, shape.shared)
+    busiest = tokens if shape.shared else min(tokens, _BUSIEST * tokens * shape.chosen // shape.experts)
+    # Of two layers, the best one so far and the next: their matrices, and what is left to write.
+    inside = 2 * (shape.layer_bytes + 4 * tokens * hidden) + tokens * hidden * shape.size
+    inside += busiest * width * shape.size + _ROWS * (16 * width + 12 * hidden) + 16 * width**2 + 24 * width * hidden
+    sweeps = joined if is_rough else joined + 1
+    work = Work({setup.own_product: joined * 2 * hidden**2 * shape.readers * shape.experts * shape.expert_width})
+    work += Work(layer=2 * tokens * hidden * shape.mlp * (joined * (shape.readers + 1) + sweeps * shape.readers))
+    squares = shape.chosen * shape.expert_width**2 + shape.shared**2
+    work += Work(product=sweeps * tokens * (squares + 6 * hidden * shape.mlp))
+    solved = shape.experts * (shape.expert_width**3 // 3 + 2 * shape.expert_width**2 * hidden)
+    return inside, work + Work(solve=sweeps * (solved + shape.shared**3 // 3 + 2 * shape.shared**2 * hidden))

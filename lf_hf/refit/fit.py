@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.demand import Setup, Work, times
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
-from lf_hf.refit.experts import fit_experts
+from lf_hf.refit.experts import fit_experts, fitting_experts
 from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, maps_to, solve_maps, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
@@ -248,32 +248,42 @@ def fitting(setup: Setup, length: int, tokens: int, joined: int, *, is_rough: bo
     """Bytes, but for lists of states, and work of the fit of `joined` layers as one, to sequences of `length`."""
     shape, batch = setup.shape, setup.batch(length, tokens)
     hidden, mlp, size = shape.hidden, shape.mlp, shape.size
-    wide, heads = joined * mlp, joined * shape.queries
+    heads, matrices = joined * shape.queries, shape.readers + 1
+    of_maps, of_heads, work = _fitting_heads(setup, tokens, joined, is_rough=is_rough)
+    if shape.experts:
+        of_experts, expert_work = fitting_experts(setup, tokens, joined, is_rough=is_rough)
+        return batch * heads * (matrices * size + 4) + max(of_maps, of_heads, of_experts), work + expert_work
+    wide = joined * mlp
     compared = mlp if is_rough else num_candidates(wide, mlp)
     # The maps, a reader in float32, and the wide half in its own numbers; then its compared channels, twice.
-    matrices = shape.readers + 1
     widened = 4 * joined * hidden**2 + 8 * hidden * mlp + matrices * hidden * max(wide, 2 * compared) * size
     chosen = matrices * hidden * (compared + mlp) * size
     solved = partial(solving, setup, tokens, is_rough=is_rough)
-    of_maps, map_work = solved(hidden, hidden, joined * hidden)
-    of_heads, head_work = solved(heads, shape.queries, hidden)
     of_channels, channel_work = solved(compared, mlp, hidden)
     if shape.has_norm_after:  # the second problem beside the first one
         of_channels += 4 * (mlp**2 + hidden * mlp)
     channels = batch * max(compared, heads) * (matrices * size + 4)  # of readers, and their product
     inside = channels + max(widened, of_maps, chosen + of_channels, chosen + of_heads)
-    mapped = shape.readers * compared + joined * (shape.queries + 2 * shape.keys)  # rows of readers
-    work = setup.forward(tokens, 0 if is_rough else joined)  # in choosing layers run once for all groups
-    work += times(map_work, 2)
-    work += Work({setup.own_product: 2 * hidden**2 * mapped})
-    twice = 1 + shape.has_head_norms
-    work += Work(layer=2 * tokens * hidden * (shape.queries + 2 * shape.keys) * joined * twice)
+    work += Work({setup.own_product: 2 * hidden**2 * shape.readers * compared})
     if compared < wide:  # by some of the tokens
         work += Work(layer=tokens // TOKEN_STRIDE * hidden * (2 * shape.readers * wide + 2 * joined * hidden))
-    work += Work(layer=2 * shape.readers * tokens * hidden * compared)
-    work += head_work + channel_work
+    work += Work(layer=2 * shape.readers * tokens * hidden * compared) + channel_work
     if shape.has_norm_after:
         work += Work(layer=12 * tokens * hidden * (mlp + shape.queries))
         if not is_rough:
             work += solved(mlp, mlp, hidden)[1]
     return inside, work
+
+
+def _fitting_heads(setup: Setup, tokens: int, joined: int, *, is_rough: bool) -> tuple[int, int, Work]:
+    """Bytes of maps and of attention's problem, and all work of a fit but for that of the MLP by itself."""
+    shape = setup.shape
+    solved = partial(solving, setup, tokens, is_rough=is_rough)
+    of_maps, map_work = solved(shape.hidden, shape.hidden, joined * shape.hidden)
+    of_heads, head_work = solved(joined * shape.queries, shape.queries, shape.hidden)
+    rows = joined * (shape.queries + 2 * shape.keys)  # of readers
+    work = setup.forward(tokens, 0 if is_rough else joined)  # in choosing layers run once for all groups
+    work += times(map_work, 2) + head_work
+    work += Work({setup.own_product: 2 * shape.hidden**2 * rows})
+    work += Work(layer=2 * tokens * shape.hidden * rows * (1 + shape.has_head_norms))
+    return of_maps, of_heads, work
