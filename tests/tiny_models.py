@@ -35,7 +35,7 @@ GEMMA4 |= {
 }
 FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3, "logits_scaling": 2.0}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10}
-MIXTURE = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+MIXTURE = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FREQUENCIES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -68,9 +68,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "seed_oss": {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True},
     "arcee": {"mlp_bias": True},
     "qwen3_moe": MIXTURE | {"head_dim": 8, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 5},
-    "olmoe": MIXTURE | {"intermediate_size": 12},
-    "mixtral": MIXTURE | {"intermediate_size": 12, "sliding_window": 5},
-    "gpt_oss": MIXTURE | {"intermediate_size": 12, "head_dim": 8, "sliding_window": 5} | rope("default"),
+    "olmoe": MIXTURE | {"intermediate_size": 16},
+    "mixtral": MIXTURE | {"intermediate_size": 16, "sliding_window": 5},
+    "gpt_oss": MIXTURE | {"intermediate_size": 16, "head_dim": 8, "sliding_window": 5} | rope("default"),
     "qwen3_5_moe_text": MIXTURE
     | LINEAR
     | {"full_attention_interval": 3, "head_dim": 8}
@@ -113,7 +113,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "a key-value head a query head": ("llama", {"num_key_value_heads": 4}),
     "experts beside an MLP": (
         "gemma4_text",
-        {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 12},
+        {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16},
     ),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "wide heads": ("llama", {"head_dim": 24}),

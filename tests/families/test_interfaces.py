@@ -286,7 +286,7 @@ def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tm
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("layer").input_ids
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "gemma3", "qwen3_5_text"])
+@pytest.mark.parametrize("model_type", ["phi3", "gemma3", "qwen3_5_text", "qwen3_moe"])
 def test_healing_comes_nearer(
     model_type: str,
     family_base: Callable[..., Path],
