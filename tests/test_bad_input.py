@@ -251,7 +251,8 @@ OTHERS = {
     **dict.fromkeys(("qwen3_vl_text", "qwen2_vl", "bert", "gpt2"), "only models of these types fuse: llama, mistral, "),
     **dict.fromkeys(("deepseek_v3", "llama4", "ernie4_5_moe"), "of mixtures of experts only those of these types"),
     **dict.fromkeys(("granitemoehybrid", "nemotron_h"), "its layers are Mamba's"),
-    **{"gemma3n": "its layers share keys and values", "lfm2": "its layers are convolutions"},
+    **dict.fromkeys(("gemma3n", "gemma4", "gemma4_text"), "its layers share keys and values"),
+    "lfm2": "its layers are convolutions",
     "llava": "save its decoder, a 'llama', by itself and fuse that; gemma3, .*, qwen3_vl fuse as a whole",
 }
 for kind, words in OTHERS.items():

@@ -40,7 +40,7 @@ from lf_hf.checkpoint.weights import (
     weight_files,
 )
 from lf_hf.decoder.placement import mend_offloading
-from lf_hf.families.models import MODEL_TYPES, is_wrapper, model_class, text_prefix, why_refused
+from lf_hf.families.models import MODEL_TYPES, is_wrapper, known_family, model_class, text_prefix, why_refused
 from lf_hf.families.table import FAMILIES
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import SPREAD, own_device
@@ -274,7 +274,7 @@ def _as_text(config: PreTrainedConfig) -> PreTrainedConfig:
 def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) -> str | None:
     """What keeps a model from being fused, and what to do about it; None where nothing does."""
     text = config.get_text_config() if is_wrapper(config) else config
-    family = FAMILIES.get(text.model_type)
+    family = known_family(text)
     if config.model_type.startswith("fused_"):
         return (
             "is fused already; fuse its base with a larger num_fusions, or load it, save it with plain=True and fuse "

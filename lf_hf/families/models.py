@@ -35,10 +35,18 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     if is_wrapper(config):
         config = config.get_text_config()
-    model_type = config.model_type.removeprefix("fused_")
-    if model_type not in FAMILIES or _has_dense_layers(config) or _shares_keys(config):
+    family = known_family(config)
+    if family is None:
         raise ValueError(f"A model of type {config.model_type!r} cannot be fused: {why_refused(config)}.")
-    return GEMMA4_MIXTURE if getattr(config, "enable_moe_block", False) else FAMILIES[model_type]
+    return family
+
+
+def known_family(config: PretrainedConfig) -> Family | None:
+    """The same of a decoder's config, and None for any other model."""
+    if _has_dense_layers(config) or _shares_keys(config):
+        return None
+    family = FAMILIES.get(config.model_type.removeprefix("fused_"))
+    return GEMMA4_MIXTURE if family and getattr(config, "enable_moe_block", False) else family
 
 
 def _has_dense_layers(config: PretrainedConfig) -> bool:

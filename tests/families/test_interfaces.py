@@ -27,7 +27,7 @@ import lf_hf
 from lf_hf import FusionReport
 from lf_hf.checkpoint.base import Base
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.families.models import MODEL_TYPES, WRAPPERS, model_class, text_model, text_prefix
+from lf_hf.families.models import WRAPPERS, model_class, text_model, text_prefix
 from lf_hf.families.table import FAMILIES
 from lf_hf.settings import FusionConfig
 
@@ -61,7 +61,13 @@ def fused(family_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return fuse
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+# One of each way in which layers are stored: several projections in one piece, two lists of kinds, norms of other
+# names, experts one by one or in one piece, and decoders inside a model of images.
+STORED = ["phi3", "smollm3", "glm4", "mixtral", "gpt_oss", "qwen3_5_moe_text", *WRAPPERS]
+KEPT = ["llama", "gemma3_text", "qwen3_5_text", "olmo2", *STORED]
+
+
+@pytest.mark.parametrize("model_type", KEPT)
 def test_a_fused_model_in_memory_and_in_its_folder(
     model_type: str, family_base: Callable[..., Path], fused: FusedOf
 ) -> None:
@@ -95,11 +101,6 @@ def test_a_fused_model_in_memory_and_in_its_folder(
     padded = model.generate(torch.where(text, IDS, 1), attention_mask=text.long(), **settings)
     assert torch.equal(padded[:1], cached)
     assert torch.equal(padded[1:, 4:], model.generate(IDS[:, 4:], **settings))
-
-
-# One of each way in which layers are stored: several projections in one piece, two lists of kinds, norms of other
-# names, experts one by one or in one piece, and decoders inside a model of images.
-STORED = ["phi3", "smollm3", "glm4", "mixtral", "gpt_oss", "qwen3_5_moe_text", *WRAPPERS]
 
 
 @pytest.mark.parametrize("model_type", STORED)
@@ -161,12 +162,12 @@ torch.save(computed, out)
 """
 
 
-def test_stock_transformers_opens_plain_checkpoints_of_every_family(
+def test_stock_transformers_opens_plain_checkpoints(
     fused: FusedOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(IDS, "ids.pt")
-    folders = [fused(model_type).name_or_path for model_type in MODEL_TYPES]
+    folders = [fused(model_type).name_or_path for model_type in KEPT]
     command = [sys.executable, "-c", WITHOUT_LF_HF.replace("WRAPPERS", repr(WRAPPERS)), "ids.pt", "out.pt", *folders]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -196,7 +197,7 @@ for name, settings in FAMILY_SETTINGS.items():
 OLDER |= {name: {"text_config": OLDER.get(decoder, ROPE)} for name, (decoder, _) in WRAPPED.items()}
 
 
-CUT_AT_THE_TOP = [name for name in MODEL_TYPES if not name.startswith("gemma4")]  # of which the last layer stays
+OF_OWN_KEYS = ["llama", *(name for name in OLDER if not name.startswith("gemma4"))]  # of which the last layer stays
 SHORT = {"original_max_position_embeddings": 64}
 SCALED: dict[str, dict[str, Any]] = {
     "phi3": {"type": "longrope", "long_factor": [1.5] * 3, "short_factor": [1.1] * 3},  # it refused more than three
@@ -206,7 +207,7 @@ SCALED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("model_type", "rope"), [*((name, None) for name in CUT_AT_THE_TOP), *SCALED.items()])
+@pytest.mark.parametrize(("model_type", "rope"), [*((name, None) for name in OF_OWN_KEYS), *SCALED.items()])
 def test_the_config_of_a_plain_checkpoint_key_by_key(
     model_type: str, rope: dict[str, Any] | None, family_base: Callable[..., Path], tmp_path: Path
 ) -> None:
