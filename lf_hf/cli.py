@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -181,7 +182,17 @@ def fuse(base: str, out: str, overwrite: bool, dry_run: bool, **given: Any) -> N
     show(table(out, *as_table(report.rows((base_size, weights_size(Path(out)))))))
     if report.budget:
         show(_with_options(report.budget.summary()))
-    show(*map(_with_options, report.all_notes))
+    show(*map(_with_options, report.all_notes), *_next_commands(out))
+
+
+def _next_commands(out: str) -> list[str]:
+    """What to type next, for a result in a folder."""
+    folder = shlex.quote(out)
+    return [
+        f"Talk to it: transformers serve {folder}, and in another terminal: transformers chat {folder}",
+        f"Serve it: vllm serve {folder}; or quantise it first, as docs/quantise.md says",
+        f"See what was fused: lf-hf report {folder}",
+    ]
 
 
 @app.command(
@@ -224,7 +235,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], overwrite: bool, dry_run: b
         report = lf_hf.heal(fused, out, **places, settings=healing, training_args=training_args, **others)
     assert report.healed is not None
     show(table(out, *as_table(report.rows())), report.healed.summary())
-    show(*map(_with_options, report.all_notes))
+    show(*map(_with_options, report.all_notes), *_next_commands(out))
 
 
 @app.command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, HealSettings
 from lf_hf.cli import main
 from lf_hf.report.figures import FIGURES
+from lf_hf.report.report import PAGE_NAME
 from lf_hf.runtime.terminal import show, table
 from lf_hf.settings import METHODS
 
@@ -59,6 +61,10 @@ def test_fuse_writes_what_the_library_writes_and_a_table(run: Run, base: str, te
     sizes = [file.stat().st_size for folder in (base, tmp_path / "out") for file in Path(folder).glob("*.safetensors")]
     shown, rows = " ".join(out.split()), report.rows((sizes[0], sizes[1]))
     assert len(rows) == 3 + 2 * len(FIGURES) and all(" ".join(row.cells).strip() in shown for row in rows)
+    *_, talk, serve, see = out.splitlines()
+    assert f"transformers chat {tmp_path / 'out'}" in talk and f"vllm serve {tmp_path / 'out'};" in serve
+    program, *words = shlex.split(see.partition(": ")[2])
+    assert program == "lf-hf" and run(*words)[0] == 0 and (tmp_path / "out" / PAGE_NAME).is_file()
 
 
 def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: Path, tmp_path: Path) -> None:
