@@ -205,6 +205,9 @@ ROWS: dict[str, Row] = {
     # Healing: its arguments, and models that do not belong together
     "a training argument of none": (healed, {"training_args": {"bf61": True}}, r"be used \(Train.* got an unexp"),
     "no sequences": (healed, {"training_args": {"per_device_train_batch_size": 0}}, "must be at least 1, got 0"),
+    "a schedule of none": (healed, {"training_args": {"lr_scheduler_kwargs": {"x": 1}}}, "unexpected keyword .*'x'"),
+    "momentum": (healed, {"training_args": {"adam_beta1": 2}}, "cannot be used .Invalid beta parameter"),
+    "labels": (healed, {"training_args": {"label_names": ["x"]}}, "'label_names' is set by heal itself"),
     "looks at held-out text": (healed, {"training_args": {"eval_delay": 50}}, "'eval_delay' is set by heal itself"),
     "FSDP of one process": (healed, {"training_args": {"fsdp": True}}, "only works in distributed training"),
     "no base": (healed, {"base": None}, "say where it is with base="),

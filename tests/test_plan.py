@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import QUICK, TINY, dry_run, make_texts, make_tokenizer, pickled, save_base
@@ -135,6 +136,7 @@ def test_a_torch_that_was_built_for_cards_takes_the_cpu_where_there_is_none(
     assert model.device.type == "cpu" and model.config.num_hidden_layers == TINY["num_hidden_layers"] - 1
     assert dry_run(base, FusionConfig(1, "healed"), calibration=make_texts(400), device_map="auto").plan.device == "cpu"
     assert list(read_max_memory({0: "24GiB", "cpu": "8GiB"})) == ["cuda:0", "cpu"]  # a card of another machine
+    assert read_max_memory({"cpu": np.int64(GIB), 0: 2e9}) == {"cpu": GIB, "cuda:0": 2 * 10**9}
 
 
 def test_what_a_user_should_know_is_noted(

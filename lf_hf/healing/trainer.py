@@ -140,6 +140,10 @@ def default_learning_rate(decoder: Decoder, train: str) -> float:
     """
     layers = f"{text_prefix(decoder.model)}layers."
     size = typical_size(weight for name, weight in decoder.named_parameters() if name.startswith(layers))
+    if size == 0:
+        raise ValueError(
+            "Most matrices of the layers are 0, so no learning rate follows from them; give learning_rate."
+        )
     rate = _ADAPTERS_RATE if train == "lora" else _RELATIVE_RATE
     return float(f"{rate * size:.0e}")
 
@@ -307,10 +311,13 @@ def make_trainer(
 
 
 def check_trains(arguments: TrainingArguments) -> None:
-    """Raise ValueError for arguments with which the Trainer cannot train."""
+    """Raise ValueError for arguments with which the Trainer cannot train: its optimizer and schedule are made once."""
     model: Any = nn.Linear(1, 1)
     with _accepted():
-        Trainer(model, arguments, eval_dataset={}).get_optimizer_cls_and_kwargs(arguments, model)
+        trainer = Trainer(model, arguments, eval_dataset={})
+        trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        if not trainer.is_deepspeed_enabled:  # which makes its own
+            trainer.create_optimizer_and_scheduler(arguments.max_steps)
     unset_hf_deepspeed_config()
 
 
@@ -349,6 +356,9 @@ def training_arguments(
         "auto_find_batch_size": False,
         "label_smoothing_factor": 0.0,
         "push_to_hub": False,
+        # Of transformers' own losses and layers, which a healing has none of.
+        "label_names": None,
+        "use_liger_kernel": False,
     }
     defaults: dict[str, Any] = {
         "save_total_limit": 1,
@@ -376,7 +386,10 @@ def training_arguments(
             default = getattr(TrainingArguments, name, None)
             if isinstance(value, str) and isinstance(default, int | float):
                 raise ValueError(f"{name} must be a {type(default).__name__}, got {value!r:.80}")
-            if name in ("per_device_train_batch_size", "per_device_eval_batch_size") and value < 1:
+            if (
+                name in ("per_device_train_batch_size", "per_device_eval_batch_size", "eval_accumulation_steps")
+                and value < 1
+            ):
                 raise ValueError(f"{name} must be at least 1, got {value}")
     unset_hf_deepspeed_config()
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered

@@ -75,7 +75,7 @@ class Machine:
         return cls({place: named[place] for place in in_order}, bfloat16, is_here, unlimited, num_processes())
 
 
-def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int]:
+def read_max_memory(given: str | Mapping[int | str, Any]) -> dict[str, int]:
     """Bytes by place, of "cuda:0=20GiB,cpu=30GiB" or of accelerate's dictionary, in which a number is a card.
 
     Raises ValueError for what cannot be read.
@@ -83,14 +83,19 @@ def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int
     card = accelerator() or torch.device("cuda")
     try:
         named: Any = dict(part.strip().split("=") for part in given.split(",")) if isinstance(given, str) else given
-        sizes = {place_name(key, card.type): convert_file_size_to_int(size) for key, size in named.items()}
-    except (RuntimeError, ValueError, TypeError, OverflowError):
+        sizes = {place_name(key, card.type): _bytes(size) for key, size in named.items()}
+    except (AttributeError, RuntimeError, ValueError, TypeError, OverflowError):
         raise ValueError(
             f"max_memory must be places and sizes, such as cuda:0=20GiB,cpu=30GiB; got {given!r:.80}."
         ) from None
     if sizes.keys() == {"disk"}:
         raise ValueError("max_memory names the disk alone; give what a card or the memory may hold, too.")
     return sizes
+
+
+def _bytes(size: Any) -> int:
+    """Of "20GiB", or of a number of any type."""
+    return int(convert_file_size_to_int(size if isinstance(size, str) else int(size)))
 
 
 def place_name(place: int | str, kind: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import importlib.util
 import os
@@ -101,7 +102,7 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                row = from_json(line)
+                row = from_json(line.removeprefix(codecs.BOM_UTF8))
             except ValueError as error:
                 raise ValueError(f"line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
@@ -131,11 +132,14 @@ def _read_data_set(name: str, config: str, split: str, columns: Sequence[str], c
 
 
 def _read_column(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
-    """What a row has in the first of some columns that is there; nothing where that is empty."""
+    """What a row has in the first of some columns that is filled; nothing where none is. Chats may be JSON in text."""
     present = [name for name in columns if name in row]
     if not present:
         raise ValueError(f"it has no column {' or '.join(columns)}, but {', '.join(row)}")
-    return [row[name] for name in present if row[name] is not None][:1]
+    filled = [name for name in present if row[name] not in (None, "")]
+    if filled[:1] == ["messages"] and isinstance(row["messages"], str):
+        return [from_json(row["messages"])]
+    return [row[name] for name in filled[:1]]
 
 
 def _checked_samples(samples: Iterable[Any], source: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:

@@ -33,7 +33,6 @@ FAMILIES: dict[str, tuple[str, list[str]]] = {
     "Gemma 3": ("gemma3_text", SLIDING),
     "a hybrid": ("qwen3_5_text", LINEAR),
     "a wrapper": ("gemma3", SLIDING),
-    "a mixture": ("qwen3_moe", []),
 }
 """Types of tiny models, and of their four layers; averages take the last two, which are of one type."""
 
@@ -66,9 +65,8 @@ class Case(NamedTuple):
 
 CASES = [Case(method, "Llama") for method in METHODS]
 # An average and a fit of each family. A healing begins with a fit; the wrapper's decoder is a Gemma 3.
-CASES += [Case("neural_alignment", family) for family in FAMILIES if family not in ("Llama", "a mixture")]
+CASES += [Case("neural_alignment", family) for family in FAMILIES if family != "Llama"]
 CASES += [Case("refit", "Qwen3"), Case("refit", "Gemma 3"), Case("healed", "a hybrid"), Case("healed", "a wrapper")]
-CASES += [Case(method, "a mixture") for method in ("truncate", "healed")]
 CASES += [Case(method, "Llama", "on two cards") for method in ("neural_alignment", "healed")]
 CASES += [Case(method, "Llama", "from files") for method in ("neural_alignment", "refit")]
 CASES += [Case(method, "Llama", "on a small card") for method in ("refit", "healed")]

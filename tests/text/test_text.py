@@ -89,10 +89,11 @@ def test_no_field_of_a_table_is_too_long(tmp_path: Path) -> None:
     long = "layer " * 2_000_000
     assert load_calibration(given([long, "short"], "csv", tmp_path)).texts[1:] == ["short\n"]
     path, chat = tmp_path / "mixed.jsonl", [{"role": "user", "content": "Hello"}]
-    path.write_text("\n".join(map(json.dumps, [{"text": long}, {"messages": []}, {"messages": chat}])))
+    rows = [{"text": long}, {"messages": []}, {"text": "", "messages": chat}, {"messages": json.dumps(chat)}]
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8-sig")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}"
-    assert load_calibration(path, tokenizer=tokenizer).texts[1:] == ["Hello\n"]
+    assert load_calibration(path, tokenizer=tokenizer).texts[1:] == ["Hello\n", "Hello\n"]
 
 
 @pytest.mark.parametrize("kind", ["list", "jsonl", "csv", "parquet"])
