@@ -190,7 +190,7 @@ def _next_commands(out: str) -> list[str]:
     folder = shlex.quote(out)
     return [
         f"Talk to it: transformers serve {folder}, and in another terminal: transformers chat {folder}",
-        f"Serve it: vllm serve {folder}; or quantise it first, as docs/quantise.md says",
+        f"Serve it: vllm serve {folder}; or quantise it, by the commands of docs/recipes.md",
         f"See what was fused: lf-hf report {folder}",
     ]
 
