@@ -219,7 +219,8 @@ class Decoder:
         """Let the first of some adjacent layers stand for all: it gets new values, and the others are removed."""
         first, last = group
         if self.family.scalar:
-            scales = [self._text.layers[number].get_buffer(self.family.scalar) for number in range(first, last + 1)]
+            layers = self._text.layers[first : last + 1]
+            scales = [layer.get_buffer(self.family.scalar).to(self.device) for layer in layers]
             weights = {**weights, self.family.scalar: torch.stack(scales).prod(0)}
         if weights:
             self.replace(first, weights, kind)

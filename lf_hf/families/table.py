@@ -374,9 +374,9 @@ class Family:
         cap = getattr(config, self.logits_cap, None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def scale(self, layer: DecoderLayer) -> Tensor | float:
-        """What all of the stream is multiplied by at the end of a layer."""
-        return layer.get_buffer(self.scalar) if self.scalar else 1.0
+    def scale(self, layer: DecoderLayer, device: torch.device) -> Tensor | float:
+        """What all of the stream is multiplied by at the end of a layer, on the stream's device."""
+        return layer.get_buffer(self.scalar).to(device) if self.scalar else 1.0
 
     def residual_factor(self, config: PretrainedConfig) -> float:
         """What all that is written to the residual stream is multiplied by."""

@@ -161,7 +161,9 @@ def after_half(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor)
     if half.after:
         written = layer.get_submodule(half.after)(written)
     after = state + (written * decoder.family.residual_factor(decoder.config)).to(state.device)
-    return after * decoder.family.scale(layer) if decoder.family.scalar and half is decoder.family.mlp else after
+    if not decoder.family.scalar or half is not decoder.family.mlp:
+        return after
+    return after * decoder.family.scale(layer, after.device)
 
 
 def mid_state(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:

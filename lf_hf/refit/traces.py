@@ -64,7 +64,7 @@ def trace(
     mid_states = [new_list(decoder) for _ in layers]
     scales: list[Tensor | float] = [1.0]  # in front of each layer, and behind the last one
     for layer in layers:
-        scales.append(scales[-1] * decoder.family.scale(layer))
+        scales.append(scales[-1] * decoder.family.scale(layer, like.device))
     for number, of_batch in enumerate(passes):
         stream = [state.to(like.device) for state in of_batch]
         before, between = stream[:-1:2], stream[1::2]
