@@ -95,7 +95,7 @@ def run_program(program: str, *words: object, processes: int = 1) -> subprocess.
     """Run a program that lies beside the tests on the CPU, in several processes as torchrun starts them."""
     launch = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split() if processes > 1 else []
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "USE_HUB_KERNELS": "0"}
     return subprocess.run(
         [sys.executable, *launch, str(ROOT / "tests" / program), *map(str, words)],
         capture_output=True,

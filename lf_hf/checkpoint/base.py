@@ -80,6 +80,7 @@ class Base:
         loading = dict(loading)
         older_name = loading.pop("torch_dtype", None)  # transformers takes either
         loading["dtype"] = checked_dtype(loading.get("dtype", older_name)) or "auto"
+        loading.setdefault("use_kernels", False)  # of the hub, which compute what the table of families does not know
         if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
             raise ValueError(f"base must be the folder or hub name of a checkpoint, got {name!r:.80}.")
         name = os.fspath(name)
