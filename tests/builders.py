@@ -1,7 +1,5 @@
 """Reports, points and random tensors that several test files build on."""
 
-from __future__ import annotations
-
 import os
 import re
 import warnings

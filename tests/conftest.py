@@ -1,7 +1,5 @@
 """Tiny real Llama models with a real tokenizer, made on the fly."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import logging

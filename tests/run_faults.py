@@ -1,9 +1,7 @@
-"""Kills processes that save, fuse, heal or sweep between two steps, and checks what they left; run by test_saving.py.
+"""Kills processes that save, fuse or sweep between two steps, and checks what they left; run by test_saving.py.
 
 It forks, which is safe only where no thread of torch or of the tokenizers has started.
 """
-
-from __future__ import annotations
 
 import gc
 import itertools
@@ -21,12 +19,11 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
-from conftest import make_llama, make_texts, same, save_base, tensors
+from conftest import make_llama, same, save_base, tensors
 from tqdm import tqdm
-from transformers import Trainer
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
-from lf_hf.checkpoint.saving import TRAINING, WORK
+from lf_hf.checkpoint.saving import WORK
 from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.points import Score
 from lf_hf.evaluate.sweep import sweep
@@ -71,21 +68,20 @@ def in_process(work: Callable[[], Any]) -> bool:
 
 
 def dies_at(step: int, work: Callable[[], Any], out: Path) -> bool:
-    """Run `work` in a process that is killed before it takes more than `step` steps: it changes names in `out`, or
-    trains."""
+    """Run `work` in a process that is killed before it changes more than `step` names in `out`."""
     left = itertools.count(step, -1)
 
     def dying(act: Callable[..., Any]) -> Callable[..., Any]:
         def run(owner: Any, *given: Any, **named: Any) -> Any:
             in_out = any(out in place.parents for place in (owner, *given) if isinstance(place, Path))
-            if (in_out or isinstance(owner, Trainer)) and not next(left):
+            if in_out and not next(left):
                 os.kill(os.getpid(), signal.SIGKILL)
             return act(owner, *given, **named)
 
         return run
 
     acts: dict[str, Any] = {name: dying(getattr(Path, name)) for name in ("mkdir", "replace", "unlink")}
-    with patch.multiple(Path, **acts), patch.object(Trainer, "training_step", dying(Trainer.training_step)):
+    with patch.multiple(Path, **acts):
         return not in_process(work)
 
 
@@ -96,28 +92,6 @@ def found_in(out: Path, known: dict[Any, dict[str, Any]]) -> Any:
     assert (out / "tokenizer.json").is_file() and (out / "README.md").is_file()
     FusionReport.load(out)
     return next(name for name, weights in known.items() if same(tensors(out), weights))
-
-
-def heal_through_kills(base: str, folder: Path, **settings: Any) -> None:
-    """A fusion that heals, killed at many moments: OUT opens only whole, and the same command ends it."""
-    given = settings | {"num_fusions": 1, "heal_tokens": 2048, "calibration": make_texts(200)}
-    whole, states, resumed = folder / "whole healed", list[str | None](), False
-    assert in_process(partial(fuse_checkpoint, base, whole, **given))
-    known = {"healed": tensors(whole)}
-    for step in itertools.count(0, 4):
-        out = folder / f"healed {step}"
-        command = partial(fuse_checkpoint, base, out, **given)
-        is_killed = dies_at(step, command, out)
-        states.append(found_in(out, known))
-        resumed |= any((out / WORK / TRAINING).glob("checkpoint-*"))
-        # Where the result is there, and no more than the lock beside it, all that was left to do is to let go of that.
-        if states[-1] is None or {path.name for path in out.glob(f"{WORK}/*")} - {"lock"}:
-            assert in_process(command) and found_in(out, known) == "healed"
-        assert {file.name for file in out.iterdir()} - {WORK} == {file.name for file in whole.iterdir()}
-        if not is_killed:
-            break
-    assert len(states) > 5 and states == sorted(states, key=[None, "healed"].index), states
-    assert resumed  # from a state of the training
 
 
 def replace_through_kills(base: str, folder: Path, known: dict[Any, dict[str, Any]], **settings: Any) -> None:
@@ -172,7 +146,6 @@ def main(folder: Path) -> None:
     together = folder / "together"
     fuse_at_once(partial(fuse, num_fusions=1, fused_dir=together), together)
     assert found_in(together, known) == 1
-    heal_through_kills(base, folder, **settings)
     replace_through_kills(base, folder, known, **settings)
 
     arguments: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"], "tasks": ["task"]}

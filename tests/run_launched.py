@@ -3,12 +3,11 @@
 `run_launched.py FOLDER heal [ARGUMENTS]`, with training arguments in JSON, or `run_launched.py FOLDER evaluate`.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import json
 import logging
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,11 +77,8 @@ def heal(folder: Path, given: dict[str, Any]) -> None:
 
 
 def evaluate(folder: Path) -> None:
-    """Run lm_eval twice, of which the first run has no folder to fuse into."""
-    from lm_eval.__main__ import cli_evaluate
+    """Run `python -m lf_hf.evaluate` twice, of which the first run has no folder to fuse into."""
     from lm_eval.tasks import TaskManager
-
-    import lf_hf.evaluate.lm_eval_model  # noqa: F401  # registers the model
 
     own: Any = functools.partialmethod(TaskManager.__init__, include_defaults=False)  # else it looks through all
     TaskManager.__init__ = own
@@ -90,12 +86,12 @@ def evaluate(folder: Path) -> None:
     words = ["lm_eval", "--device", "cpu", "--tasks", "choosing", "--include_path", str(folder), "--model", "fused"]
     try:
         sys.argv = [*words, "--model_args", given]
-        cli_evaluate()
+        runpy.run_module("lf_hf.evaluate", run_name="__main__")
     except ValueError as error:
         say("refused", str(error))
     logging.disable(logging.WARNING)
     sys.argv = [*words, "--model_args", f"{given},fused_dir={folder / 'kept'}", "--output_path", str(folder / "found")]
-    cli_evaluate()
+    runpy.run_module("lf_hf.evaluate", run_name="__main__")
 
 
 def main(folder: Path, task: str, given: str = "{}") -> None:

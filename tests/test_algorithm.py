@@ -1,7 +1,5 @@
 """Whoever changes what a fusion computes raises `ALGORITHM`, so that results that are kept are not used again."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

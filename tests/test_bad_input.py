@@ -3,8 +3,6 @@
 One table says how the product is called, with what, and the words that must occur.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -82,7 +80,7 @@ def sharded(edit: Edit | None = None, **weight_map: str) -> Edit:
     return change
 
 
-GPTQ, OWN = {"quant_method": "gptq", "bits": 4}, {"quant_method": "own"}
+GPTQ = {"quant_method": "gptq", "bits": 4}
 INDEX = "model.safetensors.index.json"
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"
 
@@ -164,7 +162,6 @@ ROWS: dict[str, Row] = {
     "two levels": (settings, {"max_divergence": 0.1}, "got num_fusions=1 and max_divergence=0.1"),
     "a seed that numpy refuses": (settings, {"seed": 2**32}, "must be an integer >= 0 and <= 4294967295, got 429496"),
     "not a number": (settings, {"ridge": NAN}, "ridge must be a number > 0, got nan"),
-    "no truth": (settings, {"rank_normalize": 2}, "rank_normalize must be true or false, got 2"),
     "a misspelt choice": (settings, {"method": "mkaa"}, "Unknown method 'mkaa'; did you mean 'mka'"),
     "groups of averages": (settings, {"selection": "groups"}, "selection='groups' is for the methods refit and healed"),
     "a setting of none": (settings, {"bet": 1}, "Unknown setting 'bet'; known are num_fusions"),
@@ -177,21 +174,16 @@ ROWS: dict[str, Row] = {
         {"revison": "main", "reads_base": True},
         "cannot be loaded .*'revison'.; check the arguments",
     ),
-    "no config": (python, {"config": {"num_fusions": 1}}, r"must be a FusionConfig, got \{'num_f.*; give its"),
     "a base nowhere": (python, {"base": "/no/where"}, "'/no/where', .* there is no such folder, and it cannot"),
     "a dtype that torch lacks": (python, {"dtype": "float33"}, "dtype must be auto, float32, .*, got 'float33'"),
     "a name as tokenizer": (python, {"tokenizer": "gpt2"}, "tokenizer must be a loaded tokenizer, got 'gpt2'"),
     "quantising on the way": (python, {"load_in_8bit": True}, "cannot be fused with load_in_8bit; leave it out"),
     "what nothing takes": (python, {"banana": 1}, "cannot be loaded .*unexpected keyword argument 'banana'"),
-    "a device of several": (python, {"device_map": {"": "cpu", "lm_head": "cuda:77"}}, "'cuda:77' cannot be used"),
     # The base: its config and its tokenizer
     "layers of different kinds": (python, {}, "of different kinds", config(per_layer_config={"1": {"head_dim": 8}})),
     "quantised": (python, {}, "by gptq, which .* not undo; fuse", config(quantization_config=GPTQ)),
-    "quantised by something": (python, {}, "Unknown quantization type, got own", config(quantization_config=OWN)),
-    "weights of another name": (python, {}, "='other' in its config; remove", config(transformers_weights="other")),
     "one layer": (python, {}, "has 1 layer; .* needs at least 2", config(num_hidden_layers=1)),
     "no heads": (python, {}, "has a config from which no Llama can be built", config(num_key_value_heads=0)),
-    "an unknown activation": (from_folder_to_folder, {}, "no Llama can be built .*'no'", config(hidden_act="no")),
     "nothing there": (python, {}, "No config of a model can be read for", remove("config.json")),
     "an adapter alone": (python, {}, "is an adapter", only("adapter_config.json", "{}")),
     "fused already": (python, {}, "is fused already; fuse its base with a larger", config(model_type="fused_llama")),
@@ -204,28 +196,22 @@ ROWS: dict[str, Row] = {
     "little text to heal on": (healed, {"text": ["short"], "written_share": 0}, "do not fill two sequences of length"),
     # Healing: its arguments, and models that do not belong together
     "a training argument of none": (healed, {"training_args": {"bf61": True}}, r"be used \(Train.* got an unexp"),
-    "no sequences": (healed, {"training_args": {"per_device_train_batch_size": 0}}, "must be at least 1, got 0"),
-    "a schedule of none": (healed, {"training_args": {"lr_scheduler_kwargs": {"x": 1}}}, "unexpected keyword .*'x'"),
     "momentum": (healed, {"training_args": {"adam_beta1": 2}}, "cannot be used .Invalid beta parameter"),
     "labels": (healed, {"training_args": {"label_names": ["x"]}}, "'label_names' is set by heal itself"),
-    "looks at held-out text": (healed, {"training_args": {"eval_delay": 50}}, "'eval_delay' is set by heal itself"),
     "FSDP of one process": (healed, {"training_args": {"fsdp": True}}, "only works in distributed training"),
     "no base": (healed, {"base": None}, "say where it is with base="),
     "another vocabulary": (healed, {}, "has 320 embeddings, and the fused model 330", config(vocab_size=330)),
     "another base": (healed, {"reads_base": True}, "not the base that this model was", report(base_digest="a")),
     "another report": (healed, {}, "has 4 layers, but its report says 5", report(layers_before=6, layers_after=5)),
     "nothing fused": (healed, {}, "holds no fusion_report.json", remove("fusion_report.json")),
-    "no folder to heal": (healed, {"fused": 5}, "fused must be the folder of a fused checkpoint, got 5; save"),
     # Sweeps
     "no tasks": (swept, {"tasks": []}, "tasks must be a list with one entry at least"),
     "a share of questions": (swept, {"limit": 2.5}, "limit must be a number of .*, whole, or their share .*, got 2.5"),
     "examples": (swept, {"num_fewshot": 100}, "num_fewshot must be 0 to 3 for the task mmlu_sample_anatomy, got 100"),
-    "many in a batch": (swept, {"batch_size": "many"}, "must be an integer of at least 1, auto, or auto:N, got 'many'"),
     # lm-eval's model args, all strings
     "lm-eval, not fused": (lm_eval, ["pretrained={base}"], "that is not fused; give num_fusions=N"),
     "lm-eval, nothing": (lm_eval, [""], "pretrained is missing; give pretrained=NAME, a base to fuse"),
     "lm-eval, misspelt": (lm_eval, ["pretrained={base},num_fusion=1"], "'num_fusion'; did you mean 'num_fusions'?"),
-    "lm-eval, its own": (lm_eval, ["pretrained={base},num_fusions=1,fused_dri=x"], "did you mean 'fused_dir'?"),
     "lm-eval, an adapter": (lm_eval, ["pretrained={base},num_fusions=1,peft=no/where"], "'no/where'"),
     "lm-eval, settings": (lm_eval, ["pretrained={fused},method=mka,seed=1"], "method, seed without num_fusions has no"),
     # Saved fusions, edited by hand
@@ -234,19 +220,15 @@ ROWS: dict[str, Row] = {
     "layers for this model": (failed, (*FUSE, "--target-layers", 5), "must be 1 to 4 for a base of 5 layers, got 5"),
     "arguments as options": (mistyped, (*ONE, "--selection", "groups"), "--selection 'groups' .* --method 'mka'"),
     "no level": (mistyped, FUSE, "Give one of --num-fusions, --target-layers, "),
-    "in words": (mistyped, (*FUSE, "--num-fusions", "four"), "integer >= 1, got 'four'"),
     "a misspelt option": (mistyped, (*FUSE, "--num-fusion", 1), "--num-fusions"),
     "levels of a sweep": (mistyped, (*SWEEP, "--num-fusions", "1,,2"), "--num-fusions must be an integer >= 1, got ''"),
     "metadata": (mistyped, (*SWEEP, "--num-fusions", "1", "--metadata", "mmlu"), "value for '--metadata': Expecting"),
     "a training argument": (mistyped, (*HEAL, "--arg", "bf16"), "must be NAME=VALUE, got 'bf16'"),
     "no such folder": (failed, ("fuse", "{base}", "{out}/../x", "--num-fusions", 1), "x' leads through a folder that"),
-    "bytes": (failed, ("fuse", "{base}", "{out}\udcff", "--num-fusions", 1, "--dry-run"), "cannot be written"),
     "a disk as device": (failed, (*ONE, "--device", "disk"), "'disk' cannot be used"),
     "memory of a place that is none": (failed, (*ONE, "--max-memory", "20GiB"), "--max-memory must be places and siz"),
     "a card that is not here": (failed, (*ONE, "--max-memory", "cuda:7=20GiB,cpu=4GiB"), "does not have; a dry run"),
-    "too few tokens": (mistyped, (*ONE, "--heal-tokens", 100), "--heal-tokens must be 0 or an integer >= 1024"),
     "cut off, in a dry run": (failed, (*ONE, "--dry-run"), "cannot be read .* download", cut("model.safetensors", 99)),
-    "no report": (failed, ("report", "{base}"), "holds no fusion_report.json"),
 }
 
 # Types of models, and why none of them fuses or what does instead.

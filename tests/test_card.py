@@ -1,7 +1,5 @@
 """What has to hold on a GPU, where there is one: `scripts/bench_gpu` runs these tests."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +33,7 @@ def figures(report: FusionReport) -> dict[str, Any]:
 
 @pytest.mark.card
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_a_refit_comes_out_as_on_the_cpu(
-    card: str, model_type: str, family_base: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_refit_is_as_on_the_cpu(card: str, model_type: str, family_base: Callable[..., Path], tmp_path: Path) -> None:
     """Within a twentieth: rounding differs from device to device, and training makes more of it."""
     base = family_base(model_type)
     expected = pytest.approx(figures(fuse_checkpoint(base, tmp_path, **SETTINGS)), rel=0.05)

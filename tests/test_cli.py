@@ -1,12 +1,9 @@
 """The command line, and settings, which are its options. What they refuse is in test_bad_input.py."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +24,6 @@ from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, HealSetting
 from lf_hf.cli import main
 from lf_hf.report.figures import FIGURES
 from lf_hf.report.report import PAGE_NAME
-from lf_hf.runtime.terminal import show, table
 from lf_hf.settings import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -81,25 +77,6 @@ def test_what_has_no_effect_is_said(run: Run, base: str, tmp_path: Path, caplog:
     options = "--num-fusions 1 --method truncate --perplexity-tokens 0 --ridge 9 --calibration nowhere.txt".split()
     code, *_ = run("fuse", base, tmp_path / "out", *options)
     assert code == 0 and "Without effect on method='truncate': ridge, calibration." in caplog.text
-
-
-def test_what_cannot_be_printed_is_done(run: Run, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout.write", Mock(side_effect=OSError("No space left on device")))
-    shutil.copy(fused / "fusion_report.json", tmp_path)
-    code, _, err = run("report", tmp_path / "fusion_report.json")
-    assert code == 1 and (tmp_path / "fusion_report.html").is_file()
-    assert err == "lf-hf: What was done cannot be printed (No space left on device); all files are written."
-
-
-def test_a_table_on_a_narrow_terminal_is_whole(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "40")
-    cells = ["a" * 100, "x 1.2 (1.1 to 1.3)"]
-    show(table("title", ["a name", "some figures of both models"], [cells]))
-    out = capsys.readouterr().out
-    assert all(cell in out for cell in cells)
 
 
 def test_without_a_command_it_says_what_there_is(run: Run) -> None:
@@ -208,9 +185,7 @@ def test_a_method_sets_fields_and_what_is_given_overrides_it(method: str) -> Non
         (8192, 60_821_504, [262144, 262144], 608215),  # Llama-3.2-1B
     ],
 )
-def test_tokens_follow_from_the_models_width(
-    channels: int, layer_parameters: int, fitted: list[int], healed: int
-) -> None:
+def test_tokens_follow_from_the_width(channels: int, layer_parameters: int, fitted: list[int], healed: int) -> None:
     configs = [FusionConfig(1, method).for_width(channels, layer_parameters) for method in ("refit", "healed")]
     assert [config.calibration_tokens for config in configs] == fitted
     assert [config.heal_tokens for config in configs] == [0, healed]

@@ -1,7 +1,5 @@
 """The pipeline on models in memory: what it reports, and finite weights or one error for any Llama."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -68,12 +66,6 @@ def test_a_layer_that_no_text_is_held_out_for_is_not_trained_and_that_is_said(se
     assert any("were not trained by themselves" in note for note in report.notes) == (sequences == 1)
 
 
-def test_nothing_is_measured_of_no_tokens() -> None:
-    unmeasured = run(1, method="mka")
-    assert not any(unmeasured.fused_layers[0].matches)
-    assert unmeasured.perplexities == [] and unmeasured.continuations == [] and unmeasured.notes == []
-
-
 @pytest.mark.parametrize(("selection", "by_default"), [("least_influence", True), ("groups", False)])
 def test_a_fusion_is_told_what_helps(selection: str, by_default: bool) -> None:
     config = FusionConfig(1, "refit", selection, calibration_tokens=1024, perplexity_tokens=100)
@@ -123,11 +115,6 @@ def test_long_parts_show_how_far_they_are(capsys: pytest.CaptureFixture[str], mo
     finally:
         enable_progress_bar()
     assert capsys.readouterr().err == ""
-
-
-def test_similarities_of_samples_that_are_all_alike_are_called_noise_once() -> None:
-    report = run(1, samples=make_texts(1) * 57, method="mka")
-    assert [note.startswith("The layer similarities are noise: of 57") for note in report.notes] == [True]
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -1,7 +1,5 @@
 """What README.md, docs/ and research/ tell people to type works: on a tiny checkpoint in place of the 8B one."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import json
@@ -147,7 +145,7 @@ def write_results(folder: Path, accuracy: float) -> None:
     (folder / "of_lm_eval" / "results_2026.json").write_text(json.dumps(written))
 
 
-def test_a_base_and_its_fusions_stand_side_by_side(
+def test_models_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_results(tmp_path / "results" / "dense", 0.25)

@@ -1,7 +1,5 @@
 """Tiny random models of every family, with all that sets a family apart in use."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

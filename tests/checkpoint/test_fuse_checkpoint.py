@@ -1,7 +1,5 @@
 """Checkpoints: what is read of a base, and that in memory, layer by layer and on a device the same bits are written."""
 
-from __future__ import annotations
-
 import gc
 import json
 import shutil
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import lf_hf
-from lf_hf import FusedLlamaForCausalLM, FusionReport, from_pretrained_fused, fuse_checkpoint
+from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.weights import local_folder
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "calibration": make_texts(), "perplexity_tokens": 0}
@@ -235,19 +233,9 @@ def test_links_are_followed_as_in_the_hub_cache(base: str, fused: Path, tmp_path
     assert FusedLlamaForCausalLM.from_pretrained(tmp_path / "links").fusion_report is not None
 
 
-def test_a_folder_of_another_model_or_none_is_refused_before_weights_are_read(saved: Path) -> None:
-    """transformers would make a model with weights of its own."""
-    edit_json(saved / "config.json", model_type="gpt2")
-    with pytest.raises(ValueError, match=r"no config.json of a 'llama' model, as FusedLlama.* model_type is 'gpt2'"):
-        FusedLlamaForCausalLM.from_pretrained(saved)
-    (saved / "config.json").unlink()
-    with pytest.raises((ValueError, OSError), match=r"config\.json"):
-        FusedLlamaForCausalLM.from_pretrained(saved)
-
-
 @either_class
 @pytest.mark.parametrize("content", ["", '{"base": 3}', "\xff"])
-def test_a_damaged_or_newer_report_keeps_no_weights_from_loading(
+def test_weights_load_beside_a_damaged_report(
     content: str, kind: Any, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (saved / "fusion_report.json").write_text(content, encoding="latin-1")
@@ -256,14 +244,6 @@ def test_a_damaged_or_newer_report_keeps_no_weights_from_loading(
     assert warning.endswith("; the model is loaded without its report.") and "\n" not in warning
     with pytest.raises(ValueError, match=r"fusion_report\.json"):
         FusionReport.load(saved)
-
-
-def test_arguments_of_transformers_pass(base: str) -> None:
-    given: dict[str, Any] = {"attn_implementation": "eager", "low_cpu_mem_usage": True, "use_cache": False}
-    given |= {"max_position_embeddings": 128, "torch_dtype": "bfloat16", "weights_only": True, "max_memory": None}
-    model = from_pretrained_fused(base, **QUICK, **given)
-    assert model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
-    assert model.config.use_cache is False and model.config.max_position_embeddings == 128
 
 
 def test_a_layer_is_fitted_to_two_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
@@ -278,9 +258,7 @@ def test_a_layer_is_fitted_to_two_of_a_real_model(smollm2: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("subfolder", ["", "half/"])
-def test_of_a_repository_only_the_files_of_the_model_itself_are_fetched(
-    subfolder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_files_of_the_model_are_fetched(subfolder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not those of checkpoints of its training, nor what Mistral publishes a second time."""
     own = [f"{subfolder}{name}" for name in ("config.json", "model-00001-of-00002.safetensors")]
     others = ["checkpoint-500/model.safetensors", "consolidated.safetensors", "optimizer.pt", "original/params.json"]

@@ -1,7 +1,5 @@
 """A base that is stored quantised is fused as the floats that transformers makes of it while it reads them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

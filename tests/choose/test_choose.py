@@ -1,7 +1,5 @@
 """Which groups of layers become one, and how many a budget allows."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
@@ -22,7 +20,7 @@ from lf_hf import FusionConfig, FusionReport
 from lf_hf.choose.budget import search
 from lf_hf.choose.choice import Choice, choose, least_influence_groups, try_sets
 from lf_hf.choose.costs import GroupCosts, split_text
-from lf_hf.choose.sets import cheapest_sets, estimate_costs, propose_sets
+from lf_hf.choose.sets import cheapest_sets, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline.run import fuse
@@ -127,16 +125,6 @@ def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_t
     assert (ends[-1] > 0.8 and ends[0] < 0.5) or len(text) < 4
 
 
-def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
-    text, others = ([torch.arange(512) + 1000 * number for number in numbers] for numbers in (range(40), range(40, 48)))
-    _, of_groups, of_sets = split_text(calibration_text(text, others), 4096)
-    assert len(of_groups) == 6 and len(of_sets) == 18 and {len(piece) for piece in of_groups + of_sets} == {128}
-    for pieces in (of_groups, of_sets):
-        sources = {int(piece[0]) // 1000 for piece in pieces}
-        assert sources & set(range(40)) and sources & set(range(40, 48))
-        assert [len(set(piece.tolist())) for piece in pieces] == [128, 64] * (len(pieces) // 2)
-
-
 def roughly_fused(model: Any, groups: Groups, text: Sequence[torch.Tensor]) -> Any:
     """A copy in which each group is one layer, fitted roughly, from the bottom up, to the dense model."""
     copied = Decoder(model).copy()
@@ -199,32 +187,6 @@ def test_the_cheapest_sets_are_those_of_an_exhaustive_search(fewer: int) -> None
     costs = random_costs(9, fewer)
     expected = all_sets(costs, fewer)
     assert cheapest_sets(costs, fewer, count=4) == [groups for _, groups in expected[:4]]
-
-
-def test_a_long_group_is_expected_to_cost_what_threes_show_of_neighbours() -> None:
-    """Here what each layer and each two neighbours cost adds up. Nothing is expected of what cannot be computed."""
-    layer, two = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)).tolist()
-    costs = {(i, j): sum(layer[i + 1 : j + 1]) + sum(two[i + 1 : j]) for i in range(1, 8) for j in range(i + 1, 9)}
-    short = {(i, j): c for (i, j), c in costs.items() if j - i < 3}
-    estimated = estimate_costs(short, longest=8)
-    lowered = estimated[1, 4] / costs[1, 4]
-    assert 0.9 < lowered < 1
-    assert estimated == pytest.approx({(i, j): c * lowered ** max(0, j - i - 2) for (i, j), c in costs.items()})
-    assert estimate_costs(costs, longest=8) == costs
-    estimated = estimate_costs(short | {(4, 5): 9.0}, longest=8)  # a pair that costs more than any three that it is in
-    assert min(estimated.values()) >= min(short.values())
-    assert math.isinf(estimate_costs(short | {(4, 5): math.inf}, longest=8)[2, 8])
-
-
-def test_trials_find_that_many_groups_cost_more() -> None:
-    """Here by the table single joins cost least, and each group beside the first costs as much as four more."""
-    costs = {(i, j): (j - i) ** 1.1 * (1 + 0.01 * i) for i, j in random_costs(30, 0)}
-    tried: dict[Groups, float] = {}
-    for _ in range(3):
-        [groups, *_] = propose_sets(costs, tried, 10, count=1)
-        tried[groups] = sum(costs[group] for group in groups) + 4 * (len(groups) - 1)
-    first, *_, last = [len(groups) for groups in tried]
-    assert first == 10 and last == 2
 
 
 def test_trials_find_what_costs_of_groups_do_not_show() -> None:
@@ -318,16 +280,6 @@ def test_a_budget_that_few_tokens_decide_says_so(sequences: int, tokens: int, ca
     assert report.budget.tokens == tokens
     notes = [note for note in report.notes if "judged on only 192 tokens" in note and "give 16,000 tokens" in note]
     assert len(notes) == (tokens < 2000) and [text for text in caplog.messages if "judged on" in text] == notes
-
-
-def test_held_out_text_is_of_every_kind() -> None:
-    """Also where kinds take turns, one every so many sequences or tokens."""
-    aside, rest = split_held_out([torch.tensor([number]) for number in range(240)], 30)
-    assert sorted(map(int, aside + rest)) == list(range(240)) and len(aside) == 30
-    for period in range(2, 9):
-        assert {int(sequence) % period for sequence in aside} == set(range(period))
-    aside, _ = split_held_out([torch.zeros(512), *[torch.ones(128)] * 4] * 48, 16)
-    assert 4 <= sum(int(sequence[0]) for sequence in aside) <= 12
 
 
 @given(st.lists(st.floats(1e-6, 2.0) | st.just(math.inf), min_size=1, max_size=60), st.floats(1e-4, 10.0))

@@ -1,10 +1,7 @@
 """`lm_eval --model fused`, what it records, and the task folders against lm-eval's own. Refusals: test_bad_input.py."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -24,10 +21,9 @@ import torch
 import yaml
 from builders import make_point
 from conftest import QUICK, make_llama, make_tokenizer
-from lm_eval import simple_evaluate, utils
+from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.api.registry import get_model
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -59,12 +55,6 @@ def layers_of(lm: FusedLM) -> tuple[int, int]:
     """As results have them: of the base, and of the fused model."""
     said = lm.get_model_info()["fusion"]
     return said["layers_before"], said["layers_after"]
-
-
-def test_settings_have_names_of_their_own() -> None:
-    theirs = inspect.signature(HFLM.__init__).parameters.keys()
-    assert not theirs & {*FusionConfig.known, "calibration", "fused_dir"}
-    assert get_model("fused_llama") is FusedLM
 
 
 def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, text: Path, tmp_path: Path) -> None:
@@ -122,16 +112,6 @@ def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, fus
         make_lm(base, **QUICK, max_cpu_memory="1MiB")
 
 
-def test_a_start_token_in_the_evaluation_changes_nothing_in_the_model(base: str, text: Path, tmp_path: Path) -> None:
-    given = QUICK | {"method": "refit", "selection": "last"}
-    given |= {"calibration": str(text), "calibration_tokens": 1024}
-    plain = make_lm(base, fused_dir=str(tmp_path / "plain"), **given)
-    started = make_lm(base, fused_dir=str(tmp_path / "started"), add_bos_token=True, **given)
-    assert started.tokenizer.add_bos_token and not getattr(plain.tokenizer, "add_bos_token", False)
-    for name in ("model.safetensors", "tokenizer_config.json", "tokenizer.json"):
-        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "started" / name).read_bytes()
-
-
 def test_peft_adapter(fused: Path, base: str, tmp_path: Path) -> None:
     """Of the fused model; one that was trained on the base would be put onto other layers."""
     model = FusedLlamaForCausalLM.from_pretrained(fused)
@@ -158,54 +138,6 @@ def test_a_model_instead_of_a_name(fused: Path) -> None:
         make_lm(model, num_fusions=1)
     with pytest.raises(ValueError, match="`pretrained` is a 'llama' model that is not fused"):
         make_lm(make_llama())
-
-
-def test_one_summary_is_logged(base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
-    summaries = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        with caplog.at_level(logging.INFO, "lm_eval"):
-            summaries.append(make_lm(base, **QUICK).model.fusion_report.summary())
-    assert [message for message in caplog.messages if "Fused " in message] == summaries[:1]
-
-
-TASK = "mmlu_5shot_anatomy"  # real prompts of 5 shots, not long ones
-
-
-def test_mmlu_with_four_fusions(
-    make_base: Callable[..., str],
-    mmlu_dir: Path,
-    tmp_path: Path,
-    run_lm_eval: Callable[[list[str]], None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    settings = {"num_fusions": 4, "perplexity_tokens": 64, "sample_length": 16, "fused_dir": tmp_path / "fused"}
-    source = {"pretrained": make_base(num_hidden_layers=6, max_position_embeddings=8192), **settings}
-    model_args = ",".join(f"{name}={value}" for name, value in source.items())
-    words = ["--model", "fused_llama", "--model_args", model_args, "--device", "cpu", "--limit", "1", "--log_samples"]
-    words += ["--tasks", TASK, "--include_path", str(lf_hf.tasks_path())]
-    words += ["--metadata", json.dumps({"mmlu_dir": str(mmlu_dir)}), "--output_path", str(tmp_path / "results")]
-    run_lm_eval(words)
-    assert "|anatomy|" in capsys.readouterr().out.replace(" ", "")
-
-    [results] = tmp_path.glob("results/*/results_*.json")
-    config = json.loads(results.read_text())["config"]
-    fusion = config["fusion"]
-    assert fusion["config"]["method"] == "neural_alignment" and fusion["config"]["sample_length"] == 16
-    assert "lm-eval ships" in json.dumps(fusion["calibration"])
-    assert (fusion["layers_before"], fusion["layers_after"]) == (6, 2)
-    assert config["model_num_parameters"] == fusion["parameters_after"]
-
-    # What it kept, opened by itself, answers alike.
-    lm = FusedLM(str(tmp_path / "fused"), device="cpu")
-    assert lm.config.model_type == "llama"
-    assert len(lm.model.model.layers) == 2 and lm.model.num_parameters() == fusion["parameters_after"]
-    [samples] = tmp_path.glob(f"results/*/samples_{TASK}_*.jsonl")
-    first = json.loads(samples.read_text(encoding="utf-8").splitlines()[0])
-    requests = [tuple(first["arguments"][f"gen_args_{n}"][f"arg_{k}"] for k in (0, 1)) for n in range(4)]
-    again = lm.loglikelihood([Instance("loglikelihood", {}, request, n) for n, request in enumerate(requests)])
-    assert [value for value, _ in again] == pytest.approx([float(said[0][0]) for said in first["resps"]], abs=1e-4)
 
 
 CHOICES = ["layer", "a deep model of rows", "head state", "fuse"]  # of different lengths, so that metrics differ
@@ -297,17 +229,6 @@ class HashLM(LM):
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> Any:
         pytest.fail("a perplexity was asked for")
-
-
-@pytest.mark.usefixtures("hub")
-def test_aggregate_weights_questions_like_mmlu(mmlu_dir: Path) -> None:
-    settings: dict[str, Any] = {"model": HashLM(), "limit": 0.04, "bootstrap_iters": 0}
-    mine = simple_evaluate(tasks=["mmlu_5shot"], task_manager=ours(mmlu_dir=str(mmlu_dir)), **settings)
-    theirs = simple_evaluate(tasks=["mmlu"], task_manager=lm_evals_own(), num_fewshot=5, **settings)
-    for group in ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"):
-        result = mine["results"][group.replace("mmlu", "mmlu_5shot")]
-        assert result["acc,none"] == theirs["results"][group]["acc,none"]
-        assert result["alias"] == theirs["results"][group]["alias"].replace("mmlu", "mmlu_5shot")
 
 
 @pytest.mark.usefixtures("hub")

@@ -1,7 +1,5 @@
 """Sweeps: what they measure, that they go on where they stopped, and what they make of the results."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -84,9 +82,7 @@ def test_points_are_what_single_runs_give(run: Run, judged: list[Any], base: str
     assert same(judged[0], AutoModelForCausalLM.from_pretrained(base)) and judged[0].config.num_hidden_layers == 5
 
 
-def test_what_differs_in_healing_alone_is_fused_once_and_drawn_alike(
-    run: Run, judged: list[Any], tmp_path: Path
-) -> None:
+def test_what_differs_in_healing_alone_is_fused_once(run: Run, judged: list[Any], tmp_path: Path) -> None:
     heal: dict[str, Any] = {"num_fusions": [2], "settings": SETTINGS | {"heal_tokens": 2048}}
     points = run(tmp_path / "both", methods=["healed", "refit"], **heal)
     assert [point.method for point in points] == [DENSE, "refit", "healed", "refit, healed"]
@@ -102,37 +98,20 @@ def test_what_differs_in_healing_alone_is_fused_once_and_drawn_alike(
     assert shared.texts == points[-1].texts != points[1].texts
 
 
-@pytest.mark.usefixtures("judged", "timed")
-def test_perplexity_is_drawn_over_speed(run: Run, tmp_path: Path) -> None:
-    points = run(tmp_path, methods=["truncate"])
-    assert points[0].speedups == {"prefill": 1.0, "decoding": 1.0}
-    assert all(min(point.speedups.values()) > 0 for point in points)
-    assert "| speed-up, prefill | speed-up, decoding | perplexity, docs |" in (tmp_path / "results.md").read_text()
-    axis = sweep_curve(points).axes[0]
-    assert axis.get_xlabel().startswith("times as fast") and axis.get_ylabel() == "perplexity, docs (log scale)"
-    assert np.array_equal(axis.get_lines()[0].get_xdata(), [point.speedups["decoding"] for point in points])
-
-
 @pytest.mark.usefixtures("judged")
 def test_a_base_is_known_by_its_content(
     make_base: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In whatever folder, and where it differs in its middle."""
-    base = Path(make_base(vocab_size=40_000))
+    """In whatever folder."""
     settings: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"], "tasks": TASKS}
     settings["settings"] = {"perplexity_tokens": 0}
+    base = Path(make_base())
     keys = [point.key for point in sweep(base, tmp_path / "out", **settings)]
-    base = base.rename(tmp_path / "base")
-    assert keys == [point.key for point in sweep(base, tmp_path / "out", **settings)]
-    content = bytearray((base / "model.safetensors").read_bytes())  # some megabytes
-    content[len(content) // 2] ^= 1
-    (base / "model.safetensors").write_bytes(content)
-    assert "also holds" not in caplog.text
-    others = [point.key for point in sweep(base, tmp_path / "out", **settings)]
+    moved = base.rename(tmp_path / "base")
+    assert keys == [point.key for point in sweep(moved, tmp_path / "out", **settings)]
+    others = [point.key for point in sweep(make_base(hidden_act="gelu"), tmp_path / "out", **settings)]
+    assert not {*keys} & {*others}
     assert "also holds 2 points of another base or other arguments; they stay, and tables" in caplog.text
-    for limit in (1, 1.0):  # a command line gives 1.0
-        others += [point.key for point in sweep(base, tmp_path / "out", **settings, limit=limit)]
-    assert len({*keys, *others}) == 6
 
 
 def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_path: Path) -> None:

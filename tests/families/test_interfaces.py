@@ -1,7 +1,5 @@
 """Fused models of every family: in memory, in files, with pictures, and what other programs make of them."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json
@@ -61,16 +59,14 @@ def fused(family_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return fuse
 
 
-# One of each way in which layers are stored: several projections in one piece, two lists of kinds, norms of other
-# names, experts one by one or in one piece, and decoders inside a model of images.
-STORED = ["phi3", "smollm3", "glm4", "mixtral", "gpt_oss", "qwen3_5_moe_text", *WRAPPERS]
-KEPT = ["llama", "gemma3_text", "qwen3_5_text", "olmo2", *STORED]
+# One of each way in which layers are stored: several projections in one piece, experts one by one or in one piece, and
+# decoders inside a model of images, under two kinds of names.
+STORED = ["phi3", "mixtral", "gpt_oss", "gemma3", "qwen3_vl"]
+KEPT = ["llama", "qwen3_5_text", *STORED]
 
 
 @pytest.mark.parametrize("model_type", KEPT)
-def test_a_fused_model_in_memory_and_in_its_folder(
-    model_type: str, family_base: Callable[..., Path], fused: FusedOf
-) -> None:
+def test_a_fused_model_and_its_folder(model_type: str, family_base: Callable[..., Path], fused: FusedOf) -> None:
     """It is one of its family; what is kept is plain, and the same as in memory."""
     model = fused(model_type)
     folder = Path(model.name_or_path)
@@ -104,7 +100,7 @@ def test_a_fused_model_in_memory_and_in_its_folder(
 
 
 @pytest.mark.parametrize("model_type", STORED)
-def test_layer_by_layer_the_same_files_are_made(
+def test_files_layer_by_layer(
     model_type: str, family_base: Callable[..., Path], fused: FusedOf, tmp_path: Path
 ) -> None:
     folder = Path(fused(model_type).name_or_path)
@@ -162,9 +158,7 @@ torch.save(computed, out)
 """
 
 
-def test_stock_transformers_opens_plain_checkpoints(
-    fused: FusedOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stock_transformers_opens_them(fused: FusedOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(IDS, "ids.pt")
     folders = [fused(model_type).name_or_path for model_type in KEPT]
@@ -258,7 +252,7 @@ ORDERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("model_type", ORDERS)
-def test_layers_in_an_order_of_their_own_are_pointed_out(
+def test_another_order_is_pointed_out(
     model_type: str, family_base: Callable[..., Path], tmp_path: Path, caplog: Any
 ) -> None:
     """llama.cpp knows where such families have which kind of layer, and does not read it from the config."""
@@ -287,7 +281,7 @@ def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tm
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("layer").input_ids
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "gemma3", "qwen3_5_text", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen3_moe"])
 def test_healing_comes_nearer(
     model_type: str,
     family_base: Callable[..., Path],
@@ -313,10 +307,8 @@ def test_healing_comes_nearer(
 ONE: dict[str, Any] = SETTINGS | {"num_fusions": 1}
 
 
-@pytest.mark.parametrize(("model_type", "placed"), [("gemma3", {}), ("mistral3", ON_DISK), ("qwen3_vl", ON_DISK)])
-def test_without_a_layer_that_did_nothing_a_picture_gives_the_same(
-    model_type: str, placed: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("model_type", "placed"), [("gemma3", {}), ("qwen3_vl", ON_DISK)])
+def test_a_picture_without_a_layer_that_did_nothing(model_type: str, placed: dict[str, Any], tmp_path: Path) -> None:
     """The layer that has no influence is the one that goes, so features of images still come after the same ones."""
     dense = tiny_model(model_type)
     idle(dense, 3)  # above layer 2, where it may be in a group with the layer below it in all of these models
@@ -374,15 +366,6 @@ def test_a_picture_and_a_question_go_through_the_processor_of_the_base(tmp_path:
     card = (tmp_path / "saved" / "README.md").read_text()
     for said in ("AutoProcessor", "AutoModelForImageTextToText", "nothing was measured on images"):
         assert said in card
-
-
-@pytest.mark.parametrize("selection", ["groups", "least_influence"])
-def test_layers_that_features_of_images_come_after_are_in_no_group(selection: str, tmp_path: Path) -> None:
-    dense = tiny_model("qwen3_vl", num_hidden_layers=8)
-    idle(dense, 1, 2)
-    base = save_base(tmp_path, dense)
-    report: Any = lf_hf.from_pretrained_fused(base, **ONE | {"selection": selection}).fusion_report
-    assert report.pairs[0][0] >= 2
 
 
 @pytest.mark.parametrize(("selection", "most"), [("last", 3), ("groups", 2), ("least_influence", 2)])

@@ -1,13 +1,9 @@
 """Predictions against their definitions, and speed beside the base's, whose value is nobody's to test."""
 
-from __future__ import annotations
-
 import copy
 import math
-import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -53,13 +49,6 @@ def test_a_model_that_continued_prompts_computes_what_it_did() -> None:
     before = decoder.model(ids[None], use_cache=True).logits
     assert [len(added) for added in continue_prompts(decoder, [ids, ids[:3]], 4)] == [4, 4]
     assert decoder.model.model.rope_deltas is None and torch.equal(decoder.model(ids[None]).logits, before)
-
-
-def test_a_batch_is_of_512_tokens_however_few_bytes_hold() -> None:
-    decoder = Decoder(make_llama())
-    decoder.batch_bytes = 1
-    sequences = [torch.arange(length) for length in [128] * 9 + [600] * 2]
-    assert [batch.shape for batch in decoder.make_batches(sequences)] == [(4, 128)] * 2 + [(1, 128)] + [(1, 600)] * 2
 
 
 @pytest.mark.usefixtures("few_rows")
@@ -137,18 +126,8 @@ def test_measuring_leaves_the_model_as_it_is(kind: str) -> None:
     assert model.config.to_dict() == before.config.to_dict() and same(model, before)
 
 
-def test_a_slow_machine_measures_twice_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.measure.speed.SECONDS", 0.05)
-    model, slow = tiny_model("llama"), Mock(side_effect=lambda *_: time.sleep(0.06))
-    model.model.layers[0].register_forward_pre_hook(slow)
-    info = measure_speed(model, tiny_model("llama", num_hidden_layers=8).config)
-    assert (info.runs, info.prefill_tokens, info.decoded_tokens) == (2, 16, 1)
-    assert slow.call_count <= 2 + 3 * 2 + 2 * 2 * 3  # to warm up, and two rounds; the base has this layer twice
-    assert "a prompt of 16 tokens and 1 decoded, 2 runs of each model" in info.source
-
-
 @pytest.mark.usefixtures("timed")
-def test_it_can_be_left_out(
+def test_it_is_left_out(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """And is, with a sentence, where layers are on disk."""

@@ -1,7 +1,5 @@
 """Fits of layers with experts to a group. A layer and an idle one fuse to it in families/test_fusions.py."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

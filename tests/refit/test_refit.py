@@ -1,26 +1,19 @@
 """Fits of one layer to a group. That a layer and an idle one fuse to the layer is in families/test_fusions.py."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from builders import SEED, examples, normal
+from builders import normal
 from conftest import make_llama
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_models import fitted, tiny_model
 from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.regression import DualRegression, Regression, Solution, Solver
-from lf_hf.refit.states import keep
 from lf_hf.refit.traces import run_group, trace
 from lf_hf.refit.tuning import training_steps, tune
 
@@ -81,21 +74,6 @@ def test_ridge_minimises_its_objective(
         assert error == pytest.approx(float(missed), rel=1e-3 if rough_tokens else 1e-4, abs=1e-6)
 
 
-@given(SEED, st.integers(-40, 40), st.integers(-40, 40))
-@examples(30)
-def test_a_fit_follows_the_scale_of_what_it_reads_and_writes(seed: int, read: int, write: int) -> None:
-    x, y, weights = problem(seed)
-    scale_x, scale_y = 2.0**read, 2.0**write
-    start = normal(3, 8, seed=seed + 9)
-    plain, scaled = regression(x, y, weights), regression(x * scale_x, y * scale_y, weights)
-    scaled_start = (start.double() * scale_y / scale_x).float()
-    expected = plain.ridge(start, 0.1).weight.double() * scale_y / scale_x
-    weight, *errors = scaled.ridge(scaled_start, 0.1)
-    assert torch.equal(weight.double(), expected)
-    torch.testing.assert_close(errors, [*plain.ridge(start, 0.1)[1:]], rtol=1e-5, atol=1e-12)
-    assert torch.equal(scaled.prune(scaled_start, 4), plain.prune(start, 4))
-
-
 @pytest.mark.parametrize("strength", [1e-30, 1e-9, 1e-2, 1e9])
 @pytest.mark.parametrize("kind", ["zero", "zero column", "equal columns", "few tokens", "nothing to write"])
 @pytest.mark.parametrize("dual", [False, True])
@@ -123,15 +101,6 @@ def test_degenerate_fits_are_finite_or_one_error(kind: str, strength: float, dua
         assert before == pytest.approx(0 if kind == "nothing to write" else 1)
     kept = made.prune(torch.zeros(3, 8), 4)
     assert len(set(kept.tolist())) == 4
-
-
-@pytest.mark.parametrize("dual", [False, True])
-def test_pruning_leaves_the_problem_of_what_is_kept(dual: bool) -> None:
-    x, y, weights = problem(tokens=900, inputs=600)
-    made = regression(x, y, weights, dual=dual)
-    kept = made.prune(torch.zeros(3, 600), 400)
-    alone, start = regression(x[:, kept], y, weights, dual=dual), torch.ones(3, 400)
-    torch.testing.assert_close(made.ridge(start, 0.1).weight, alone.ridge(start, 0.1).weight)
 
 
 def eliminated(given: Problem, start: Tensor, keep: int, block: int, rounds: int) -> list[int]:
@@ -173,9 +142,7 @@ def test_what_is_left_is_what_elimination_from_scratch_leaves(
 
 @pytest.mark.parametrize("block", [4, 16])
 @pytest.mark.parametrize("dual", [False, True])
-def test_large_problems_in_float32_or_in_tokens_leave_the_same(
-    block: int, dual: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_problems_in_float32_or_in_tokens(block: int, dual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block a round, where nearly all of the inputs' energy is in one direction."""
     given, start = problem(0, 256 if dual else 1000, 512, 8, shared=1000.0), normal(8, 512) / 512
     total = 512 // block
@@ -303,33 +270,6 @@ def test_fits_from_the_bottom_are_aimed_at_the_dense_model() -> None:
     assert missed[0] < 0.95 * missed[1]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
-def test_attention_that_writes_nothing_keeps_the_gain_of_its_norm(model_type: str) -> None:
-    decoder = Decoder(tiny_model(model_type))
-    layer, name = decoder.model.model.layers[1], f"{decoder.family.attention.after}.weight"
-    layer.self_attn.o_proj.weight.zero_()
-    gain = decoder.family.unpacked(layer)[name]
-    states = [normal(1, 16, 32, seed=n) for n in range(3)]
-    fit, _, _ = fitted(decoder, (1,), states, streams=states)
-    assert torch.equal(fit.weights[name], gain)
-
-
-def test_states_on_disk_are_the_same_and_leave_it_when_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = [normal(2, 5, 4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    decoder = Decoder(make_llama())
-    decoder.resting_place = "disk"
-    kept, other = keep(decoder, states), keep(decoder, states)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, states, strict=True))
-    assert len(kept) == 2 and torch.equal(kept[-1], states[-1])
-    assert torch.equal(other[0], states[0])
-    opened = psutil.Process().num_fds()
-    del kept
-    assert psutil.Process().num_fds() == opened - 1
-    assert not list(tmp_path.iterdir())
-
-
 MANY_SEQUENCES = [torch.randint(0, 320, (48 + n % 3,), generator=torch.Generator().manual_seed(n)) for n in range(170)]
 
 
@@ -337,9 +277,7 @@ MANY_SEQUENCES = [torch.randint(0, 320, (48 + n % 3,), generator=torch.Generator
 @pytest.mark.parametrize(
     ("model_type", "dtype"), [("llama", torch.float32), ("llama", torch.float16), ("gemma3_text", torch.bfloat16)]
 )
-def test_a_fit_is_nearer_to_its_group_than_its_layers_on_unseen_text_and_training_brings_it_nearer(
-    model_type: str, dtype: torch.dtype
-) -> None:
+def test_a_fit_is_nearer_to_its_group_than_its_layers_and_training_helps(model_type: str, dtype: torch.dtype) -> None:
     model: Any = tiny_model(model_type).to(dtype)
     decoder, layers = Decoder(model), model.model.layers[1:3]
     text, unseen_text = MANY_SEQUENCES[:150], MANY_SEQUENCES[150:]

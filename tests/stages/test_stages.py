@@ -1,9 +1,6 @@
 """The published method against its formulas: similarity of layers, matching of neurons, averages of layers."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from itertools import permutations
@@ -12,7 +9,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from builders import SEED, examples, no_warnings, normal
+from builders import examples, no_warnings, normal
 from conftest import make_llama, same
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -20,16 +17,15 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from sklearn.feature_selection import mutual_info_regression
-from tiny_models import averaged
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.hidden_states import cosine_sums, influences
-from lf_hf.families.table import FAMILIES, PROJECTIONS, Axis
+from lf_hf.families.table import FAMILIES, PROJECTIONS
 from lf_hf.report.data import MadeLayer
 from lf_hf.stages import alignment
 from lf_hf.stages.activations import pairwise_distances, sample_distances
 from lf_hf.stages.alignment import Pair, assign, match_neurons, row_costs
-from lf_hf.stages.averaging import AverageKey, average, fusion_ratio
+from lf_hf.stages.averaging import AverageKey, average
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 
@@ -43,12 +39,6 @@ def test_distances_are_those_of_padded_states(lengths: tuple[int, ...], shared: 
         padded[n, : len(state)] = state
     expected = [[np.linalg.norm(a - b) for b in padded] for a in padded]
     np.testing.assert_allclose(pairwise_distances(states), expected, rtol=1e-10)
-
-
-def test_equal_samples_are_exactly_zero_apart() -> None:
-    """Also where a matrix product of the samples would round alike terms differently."""
-    distances = pairwise_distances([normal(40, 33, seed=n % 19) for n in range(57)])
-    np.testing.assert_array_equal(distances == 0, np.arange(57)[:, None] % 19 == np.arange(57) % 19)
 
 
 @torch.no_grad()
@@ -96,16 +86,6 @@ def test_embeddings_are_exact_however_far_apart_samples_are(apart: float, sigma:
     actual = diffusion_embedding(D, kernel_scale=sigma, kernel_alpha=alpha, embedding_dim=dim)
     expected *= np.sign((actual * expected).sum(axis=0))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-
-
-def test_samples_that_are_all_alike_have_no_coordinates() -> None:
-    with no_warnings():
-        np.testing.assert_array_equal(diffusion_embedding(np.zeros((57, 57))), np.zeros((57, 2)))
-        two_kinds = np.kron(np.array([[0.0, 20.0], [20.0, 0.0]]), np.ones((5, 5)))
-        embedding = diffusion_embedding(two_kinds)
-    assert (np.ptp(embedding[:5, 0]), np.ptp(embedding[5:, 0])) == pytest.approx((0, 0), abs=1e-12)
-    assert embedding[0, 0] == pytest.approx(-embedding[9, 0]) and abs(embedding[0, 0]) == pytest.approx(1)
-    np.testing.assert_array_equal(embedding[:, 1], np.zeros(10))
 
 
 @given(
@@ -174,35 +154,6 @@ def test_similarity_is_the_literal_formula() -> None:
             assert actual[i, j] == actual[j, i]
 
 
-def test_mixed_signs_of_entropies_warn_once() -> None:
-    Y = embeddings(2)
-    Y[1] *= 1e-3
-    with pytest.warns(UserWarning, match="mixed signs"):
-        assert np.isfinite(layer_similarity(Y, rank_normalize=False)).all()
-
-
-DEGENERATE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "zero": np.zeros_like,
-    "constant column": lambda found: found * [1, 0] + [0, 3],
-    "equal layers": lambda found: found[:1].repeat(3, axis=0),
-    "two kinds of samples": np.sign,
-    "huge": lambda found: found * 1e30,
-    "tiny": lambda found: found * 1e-30,
-}
-
-
-@pytest.mark.parametrize("rank_normalize", [True, False])
-@pytest.mark.parametrize("kind", DEGENERATE)
-def test_degenerate_embeddings_have_a_finite_similarity(kind: str, rank_normalize: bool) -> None:
-    embeddings = DEGENERATE[kind](np.random.default_rng(0).normal(size=(3, 51, 2)))
-    with no_warnings():
-        similarity = layer_similarity(embeddings, rank_normalize=rank_normalize)
-    assert np.isfinite(similarity).all() and (similarity >= 0).all()
-    np.testing.assert_array_equal(similarity, similarity.T)
-    if kind == "equal layers":
-        np.testing.assert_allclose(similarity, similarity[0, 0])
-
-
 Weights = dict[str, torch.Tensor]
 
 
@@ -255,31 +206,6 @@ def test_no_assignment_is_cheaper(solver: str, monkeypatch: pytest.MonkeyPatch) 
         assert total(exact, found[kind]) == pytest.approx(optimum, rel=1e-6, abs=1e-9), kind
 
 
-@given(
-    seed=SEED,
-    exponents=st.tuples(st.integers(-15, 15), st.integers(-15, 15)),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    zero=st.integers(0, 8),
-)
-@examples(60)
-def test_rows_of_any_scale_match_best(seed: int, exponents: tuple[int, int], dtype: torch.dtype, zero: int) -> None:
-    if dtype == torch.float16:
-        exponents = (exponents[0] // 5, exponents[1] // 5)
-    w_i, w_j = ((normal(24, 16, seed=seed + n).double() * 10.0**power).to(dtype) for n, power in enumerate(exponents))
-    w_i[:zero] = 0
-    w_j[4 : 4 + zero] = 0
-    costs = exact_costs((w_i, w_j))
-    name, by_rows = "w_proj.weight", [Axis("w_proj.weight", 0, "w")]
-    found, matches = match_neurons({name: w_i}, {name: w_j}, 4, by_rows)
-    permutation, match = found["w"], matches["w_proj"]
-    best = total(costs, linear_sum_assignment(costs)[1])
-    assert total(costs, permutation.numpy()) == pytest.approx(best, rel=1e-5, abs=1e-30)
-    one, other = (w.double() / (w.double().norm(dim=1, keepdim=True) + 1e-12) for w in (w_i, w_j))
-    assert match.cosine_before == pytest.approx(float((one * other).sum(1).mean()), rel=1e-4, abs=1e-7)
-    assert match.cosine_after == pytest.approx(float((one * other[permutation]).sum(1).mean()), rel=1e-4, abs=1e-7)
-    assert match.rows_moved == pytest.approx(float(np.mean(permutation.numpy() != np.arange(24))))
-
-
 def test_no_order_of_heads_is_cheaper() -> None:
     """Against all orders of 3 key-value heads with 2 query heads each."""
     layout = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 24}
@@ -307,10 +233,6 @@ def layer_weights(index: int, **overrides: object) -> Weights:
     return {name: p.detach().clone() for name, p in make_llama(**overrides).model.layers[index].named_parameters()}
 
 
-def test_no_similarity_at_all_counts_both_alike() -> None:
-    assert fusion_ratio(np.zeros((2, 2)), 0, 1) == pytest.approx(1 / (1 + math.exp(-0.5)))
-
-
 def folded(
     layers: list[Weights], similarity: NDArray[np.float64], beta: float, alignment: str
 ) -> dict[str, torch.Tensor]:
@@ -333,9 +255,7 @@ def folded(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("alignment", "beta"), [("none", 3.0), ("rows", 1.0)])
-def test_a_group_is_folded_from_its_top_and_goes_on_from_its_upper_layers(
-    alignment: str, beta: float, dtype: torch.dtype
-) -> None:
+def test_a_group_is_folded_from_its_top_and_goes_on(alignment: str, beta: float, dtype: torch.dtype) -> None:
     """Each sum is rounded once."""
     decoder = Decoder(make_llama(attention_bias=True, dtype=dtype))
     similarity = np.random.default_rng(0).uniform(0.1, 2, size=(5, 5))
@@ -348,20 +268,3 @@ def test_a_group_is_folded_from_its_top_and_goes_on_from_its_upper_layers(
         [layer_weights(n, attention_bias=True, dtype=dtype) for n in range(5)], similarity, beta, alignment
     )
     assert same(whole.weights, expected) and same(further.weights, expected)
-
-
-@given(SEED, st.integers(-50, 50), st.sampled_from(["none", "rows", "neurons"]))
-@examples(20)
-def test_layers_of_another_scale_fuse_to_a_layer_of_that_scale(seed: int, power: int, alignment: str) -> None:
-    """By powers of two; for matched neurons as long as norms are far above the 1e-12 that is added to them."""
-    if alignment != "none":
-        power = max(power, -10)
-    model = make_llama(num_hidden_layers=2, attention_bias=True, mlp_bias=True)
-    layers = [{n: p.detach() + seed * 1e-3 for n, p in layer.named_parameters()} for layer in model.model.layers]
-    scaled = [{name: tensor * 2.0**power for name, tensor in weights.items()} for weights in layers]
-    decoder = Decoder(model)
-    fused, matches = averaged(decoder, layers[0], layers[1], alignment)
-    other, other_matches = averaged(decoder, scaled[0], scaled[1], alignment)
-    assert all(torch.equal(other[name], fused[name] * 2.0**power) for name in fused)
-    for name, match in matches.items():
-        assert other_matches[name] == pytest.approx(match, abs=1e-6)

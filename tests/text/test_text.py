@@ -1,7 +1,5 @@
 """Text of a user is the same in any form of file, and bad text gets one sentence; other text is bundled."""
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import itertools
@@ -25,28 +23,23 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.measure.dense import tokenize_corpus
 from lf_hf.measure.generating import generate
 from lf_hf.measure.judge import CONTINUED_LENGTH, write_continuations
 from lf_hf.report.data import Continuation
 from lf_hf.report.report import damage_notes
 from lf_hf.runtime.tasks import SUBJECTS
-from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import (
     DOCUMENTATION,
     MAX_SAMPLES,
     QUESTIONS,
-    SOURCE_CODE,
-    CalibrationSamples,
-    Corpus,
     documentation_halves,
     load_calibration,
     load_corpus,
 )
 from lf_hf.text.chats import CHATS, Chat, chat_form, chat_text
-from lf_hf.text.judging import QUESTION, judging_sequences, judging_texts
+from lf_hf.text.judging import QUESTION, judging_texts
 from lf_hf.text.mmlu import Question, bundled_questions, format_question, read_csv_questions
-from lf_hf.text.packing import pack_corpus, pack_tokens, tokenize_samples
+from lf_hf.text.packing import pack_corpus, pack_tokens
 
 KINDS = ["list", "txt", "jsonl", "csv", "parquet", "data set"]
 
@@ -96,12 +89,6 @@ def test_no_field_of_a_table_is_too_long(tmp_path: Path) -> None:
     assert load_calibration(path, tokenizer=tokenizer).texts[1:] == ["Hello\n", "Hello\n"]
 
 
-@pytest.mark.parametrize("kind", ["list", "jsonl", "csv", "parquet"])
-def test_rows_without_text_are_passed_over(kind: str, tmp_path: Path) -> None:
-    blank = " " if kind in ("list", "csv") else None
-    assert load_calibration(given([blank, "one", blank, "two\n"], kind, tmp_path)).texts == ["one\n", "two\n"]
-
-
 def halves(number: int) -> list[str]:
     """Numbered paragraphs; the second half has other words."""
     return [f"{'early' if n < number / 2 else 'late'} {n} {'layer ' * 40}" for n in range(number)]
@@ -120,24 +107,6 @@ def test_a_large_text_counts_from_its_beginning_to_its_end(kind: str, tmp_path: 
     sequences = pack_corpus(make_tokenizer(), corpus, 128, 1000, 320)
     words = "".join(str(make_tokenizer().decode(torch.cat(sequences))).split())
     assert "early" in words and "late" in words
-
-
-def test_a_data_set_is_read_as_far_as_it_is_needed_and_a_text_that_fits_is_used_as_it_is(tmp_path: Path) -> None:
-    [text, _] = load_corpus(given(halves(4000), "data set", tmp_path), max_tokens=1024).parts.values()
-    assert 8 * 1024 <= len(text) < 8 * 1024 + 300 and text.startswith("early 0 ")
-    samples = halves(240)
-    corpus = load_corpus(given(samples, "txt", tmp_path), max_tokens=1024)
-    whole = "".join(f"{text.strip()} \n\n" for text in samples).removesuffix("\n")
-    assert len(whole) > 59_000 and corpus.parts["text[1].txt"] == whole and "excerpts" not in corpus.source
-
-
-def test_of_many_samples_as_many_as_are_compared_are_taken_from_all_of_them() -> None:
-    for number in (MAX_SAMPLES + 1, 2 * MAX_SAMPLES, 5 * MAX_SAMPLES - 1):
-        calibration = load_calibration([f"{n} layer" for n in range(number)])
-        numbers = [int(text.split()[0]) for text in calibration.texts]
-        assert len(numbers) == MAX_SAMPLES and numbers == sorted(set(numbers)) and numbers[0] == 0
-        assert max(b - a for a, b in itertools.pairwise([*numbers, number])) <= 2 * number / MAX_SAMPLES + 1
-        assert f"(1,024 of {number:,} samples, spread evenly)" in calibration.source
 
 
 class Endless(list[str]):
@@ -246,18 +215,6 @@ def test_where_no_form_can_be_told_there_is_none(template: str | None) -> None:
     assert chat_form(with_template(template), 400) is None
 
 
-def test_a_form_has_room_for_a_chat_and_no_token_that_the_model_lacks() -> None:
-    long = with_template(TEMPLATES["chatml"].replace("Be kind.", "Be kind. " * 40))
-    form: Any = chat_form(long, 400)
-    usual: Any = chat_form(with_template(TEMPLATES["chatml"]), 400)
-    assert long.decode(form.opening) == "<|im_start|>user\n"
-    assert form.asked == usual.asked and form.replied == usual.replied
-    long.chat_template = "{{ bos_token }}" + str(long.chat_template)
-    form = chat_form(long, 400)
-    assert form.opening[0] == long.bos_token_id and len(form.opening) < 20
-    assert chat_form(with_template(TEMPLATES["chatml"]), 320) is None
-
-
 def test_what_a_template_writes_does_not_depend_on_the_day() -> None:
     tokenizer = with_template("{{ strftime_now('%d %b %Y, %Y-%m-%d') + ': ' + messages[0].content }}")
     assert chat_text(tokenizer, CHAT) == "26 Jul 2024, 2024-07-26: layer model"
@@ -298,16 +255,6 @@ def test_a_model_writes_both_sides_of_a_chat() -> None:
         turns += sequence[len(form.opening) :].count(end)
     assert turns > 10
     assert torch.equal(written, torch.stack(generate(Decoder(model), 8, 160, seed=0, chat=form)))
-
-
-def test_nothing_is_written_that_only_the_tokenizer_calls_special_but_the_token_for_unknown_text() -> None:
-    tokenizer = with_template(None)
-    tokenizer.unk_token = "[/INST]"
-    decoder = Decoder(make_llama(vocab_size=len(tokenizer)))
-    corpus, config = Corpus({"x": "layer " * 2000}, 0.5), FusionConfig(1, calibration_tokens=4096)
-    sequences = tokenize_corpus(decoder, tokenizer, corpus, config).sequences
-    written = {token for sequence in sequences for token in sequence[1:].tolist()}
-    assert written & {*tokenizer.all_special_ids} == {tokenizer.unk_token_id}
 
 
 @pytest.mark.parametrize("kind", ["list", "jsonl", "parquet"])
@@ -423,14 +370,6 @@ def test_questions_and_documentation_stand_beside_a_users_text_as_smaller_parts(
     assert places[-1] > len(first) * (0.7 if len(pieces) > 5 else 0.3 if len(pieces) > 1 else -1)
 
 
-def test_documentation_goes_beside_no_text_of_its_own_kind_and_programs_beside_the_default() -> None:
-    own, ours = (
-        load_corpus([documentation_halves()[0]], max_tokens=131072, to_train=True),
-        load_corpus(None, max_tokens=8192, to_train=True),
-    )
-    assert [*own.parts][1:] == [QUESTIONS] and "\nimport " in ours.parts[SOURCE_CODE] and ours.generated_share == 1 / 3
-
-
 @pytest.mark.parametrize("missing", ["lm_eval", "pydoc_data.topics"])
 def test_text_serves_without_what_is_not_installed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
@@ -438,15 +377,6 @@ def test_text_serves_without_what_is_not_installed(missing: str, monkeypatch: py
     assert [*load_corpus().parts] == [there]
     users = load_corpus(["a" * 10_000], max_tokens=8192, to_train=True)
     assert there in users.full_source and gone not in users.full_source
-
-
-def test_samples_are_cut_and_checked_against_the_model_and_leave_the_tokenizer_as_it_was() -> None:
-    tokenizer = make_tokenizer()
-    before = tokenizer.backend_tokenizer.to_str()
-    samples = tokenize_samples(tokenizer, CalibrationSamples(["layer " * 50, "model"], "x"), 8, 320)
-    assert len(samples[0]) == 8 and len(samples[1]) < 8 and tokenizer.backend_tokenizer.to_str() == before
-    with pytest.raises(ValueError, match="but the model has 10 embeddings"):
-        tokenize_samples(tokenizer, CalibrationSamples(["layer"], "x"), 8, 10)
 
 
 def test_sequences_are_spread_over_the_text() -> None:
@@ -461,14 +391,6 @@ def test_sequences_are_spread_over_the_text() -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     begun = pack_tokens(tokenizer, text, 50, 200)
     assert [(len(sequence), int(sequence[0])) for sequence in begun] == [(50, 0)] * 4
-
-
-def test_parts_of_a_corpus_share_the_tokens() -> None:
-    tokenizer = make_tokenizer()
-    corpus = Corpus({"x": " ".join(make_texts(100)), "y": "layer"})
-    sequences = pack_corpus(tokenizer, corpus, 20, 200, 320)
-    assert 150 < sum(map(len, sequences)) <= 200
-    assert tokenizer("layer")["input_ids"] in [sequence.tolist() for sequence in sequences]
 
 
 DOCS, REASONING = judging_texts()
@@ -491,18 +413,10 @@ def test_two_kinds_of_text_enough_of_each_share_no_paragraph_with_default_text_o
         assert not [text for text in questions if len(text) >= 60 and text in judging.text]
 
 
-@pytest.mark.parametrize(("tokens", "longest", "shape"), [(300, 1024, (1, 300)), (2000, 256, (7, 256)), (1, 8, (1, 2))])
-def test_models_are_judged_on_sequences_of_one_length(tokens: int, longest: int, shape: tuple[int, int]) -> None:
-    sequences = judging_sequences(make_tokenizer(), tokens, longest)
-    shapes = {name: torch.stack(of_text).shape for name, of_text in sequences.items()}
-    assert shapes == {"docs": shape, "reasoning": shape}
-
-
 def test_bundled_questions_are_what_the_design_counts_on() -> None:
     bundled = bundled_questions()
     assert bundled.keys() == SUBJECTS.keys() and sum(map(len, bundled.values())) == 282
     assert Counter(SUBJECTS.values()) == {"stem": 19, "other": 13, "social_sciences": 12, "humanities": 13}
-    assert bundled["abstract_algebra"][1].question == "Find the characteristic of the ring 2Z."  # no stray answer
     assert bundled["elementary_mathematics"][4] == Question(  # whose options are on lines of their own
         "Which expression is equivalent to 5 x 9?",
         ("(5 x 4) x (6 x 5)", "(5 x 5) + (5 x 4)", "(5 x 5) + (5 x 9)", "(5 x 9) x (6 x 9)"),
@@ -510,10 +424,7 @@ def test_bundled_questions_are_what_the_design_counts_on() -> None:
     )
     for question in [question for questions in bundled.values() for question in questions]:
         assert 0 <= question.answer < len(question.choices)
-        for text in (question.question, *question.choices, question.explanation):
-            assert text and text == text.strip()
-            assert not [words for words in ("Let's think", "\nA:", "Wikipedia articles") if words in text]
-        assert not question.explanation.endswith(f"answer is ({'ABCDE'[question.answer]}).")
+        assert "\nA:" not in question.explanation and not question.explanation.startswith("Let's think")
 
 
 def test_lm_eval_of_another_shape_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
