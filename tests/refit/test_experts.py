@@ -30,10 +30,11 @@ def written_from(layer: Any, state: Tensor) -> list[Tensor]:
 def test_sweeps_find_what_solving_for_all_experts_at_once_does() -> None:
     """By the normal equations of all of them, with one penalty, from where the layer that is kept was."""
     decoder = Decoder(tiny_model("qwen3_moe"))
+    decoder.layer(3).mlp.experts.gate_up_proj.zero_()  # so that none of its channels competes
     states = decoder.embed([IDS])
     fit, layer, traces = fitted(decoder, (2, 3), states, ridge=RIDGE)
-    [kept] = [number for number, share in zip((2, 3), fit.entry.shares, strict=True) if share]
-    start = torch.cat([*decoder.layer(kept).mlp.experts.down_proj], dim=1).double()  # (hidden, all channels)
+    assert fit.entry.shares == [1, 0]
+    start = torch.cat([*decoder.layer(2).mlp.experts.down_proj], dim=1).double()  # (hidden, all channels)
     mid = mid_state(decoder, layer, states[0])
     target = (traces.output[0] - mid).flatten(0, 1).double()
     weight = 1 / (traces.output[0].double().square().mean(-1) + decoder.config.rms_norm_eps).flatten()
@@ -68,9 +69,23 @@ def test_routers_of_every_kind_are_fitted(given: dict[str, Any], reached: list[i
         layer.mlp.router.bias.data = torch.tensor([1e4 * (number in reached) for number in range(num_experts)])
     decoder = Decoder(model)
     fit, layer, _ = fitted(decoder, (2, 3), decoder.embed([IDS]), ridge=RIDGE)
-    [kept] = [number for number, share in zip((2, 3), fit.entry.shares, strict=True) if share]
-    before, after = (of.mlp.experts.down_proj for of in (decoder.layer(kept), layer))
-    moved = {number for number in range(num_experts) if not torch.equal(before[number], after[number])}
+    after = layer.mlp.experts.down_proj
+    pairs = [zip(decoder.layer(number).mlp.experts.down_proj, after, strict=True) for number in (2, 3)]
+    changed = [{number for number, pair in enumerate(pairs_of) if not torch.equal(*pair)} for pairs_of in pairs]
+    moved = min(changed, key=len)  # of the layer that is kept
     assert moved == {*reached} and fit.entry.experts_unreached == num_experts - len(moved)
     assert ("no text reached" in fit.entry.summary()) == (len(moved) < num_experts)
     assert fit.entry.error_after < fit.entry.error_before  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_channels_of_other_layers_take_the_places_of_those_that_write_nothing() -> None:
+    """Where half of each layer's channels are dead, the other halves of two layers make one."""
+    decoder = Decoder(tiny_model("qwen3_moe"))
+    for number in (2, 3):
+        for readers in decoder.layer(number).mlp.experts.gate_up_proj:
+            for reader in readers.chunk(2):
+                reader[::2] = 0
+    fit, layer, _ = fitted(decoder, (2, 3), decoder.embed([IDS.repeat(4, 1)]), ridge=RIDGE)
+    assert fit.entry.shares == [0.5, 0.5]
+    assert all(readers.abs().sum(1).all() for readers in layer.mlp.experts.gate_up_proj)
