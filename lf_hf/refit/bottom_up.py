@@ -15,6 +15,7 @@ from torch import Tensor
 from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.decoder.demand import Need, Setup, times
 from lf_hf.families.table import DecoderLayer
+from lf_hf.refit.experts import num_competing
 from lf_hf.refit.fit import fit_group, fitting
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import build_layer
@@ -163,7 +164,8 @@ def making(setup: Setup, config: FusionConfig, groups: int) -> Need:
     trained, of_training = tuning(setup, tokens, length)
     inside = setup.running(length, tokens) + max(fit, trained)
     made = config.least_fusions * setup.shape.layer_bytes  # at most
-    group = setup.longest * setup.shape.layer_bytes  # which is given up before the layer that is made of it trains
+    # A group is given up before the layer that is made of it trains; where experts compete, as copies of theirs come.
+    group = (setup.longest + 1 - num_competing(setup.shape, setup.longest)) * setup.shape.layer_bytes
     # Lists: between the halves of each layer; before all of them, after all attention and after all of them; of the
     # model as it becomes.
     lists = setup.states((setup.longest + 4) * tokens)

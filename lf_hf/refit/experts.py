@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lf_hf.decoder.demand import Setup, Work, times
+from lf_hf.families.shape import Shape
 from lf_hf.families.table import Weights
 from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, maps_to
 from lf_hf.refit.layer_parts import build_module, folded, normalized, with_shared_gain
@@ -42,15 +43,18 @@ def fit_experts(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]
     """
     maps = maps_to(fit, [*drained(read)], group[0][f"{fit.half.writer}.weight"])
     normed = torch.cat([normalized(fit.decoder, fit.half, state).flatten(0, 1) for state in fit.states])
+    competes = not fit.half.after and not fit.solver.rough_tokens
     best: tuple[float, _Mixture] | None = None
-    competing: list[list[_Block]] = []
+    nearest: list[tuple[float, list[_Block]]] = []  # as many as compete, the best one first
     group[:] = with_shared_gain(fit.half, group)
     for number, (weights, input_map) in enumerate(zip(drained(group), drained(maps), strict=True)):
         mixture = _Mixture(fit, folded(fit.half, weights, input_map), normed, number)
-        if not fit.half.after and not fit.solver.rough_tokens:
-            competing.append(mixture.as_given())
         mixture.sweep()
         error = float(mixture.error)
+        if competes:
+            nearest.append((error, mixture.as_given()))
+            nearest.sort(key=lambda pair: pair[0])
+            del nearest[max(1, MAX_CANDIDATES // nearest[0][1][0].start.shape[1]) :]
         if best is None or error < best[0]:
             best = error, mixture
         count = number + 1
@@ -61,8 +65,8 @@ def fit_experts(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]
         if fit.half.after:  # sizes in front of norms are known better now
             mixture = _Mixture(fit, mixture.weights, normed, mixture.layer)
         else:
-            mixture.compete(competing)
-        competing.clear()
+            mixture.compete([given for _, given in nearest[1:]])
+        nearest.clear()
         mixture.sweep()
         error_after = mixture.error
     if fit.half.after:
@@ -198,7 +202,7 @@ class _Mixture:
         weighted = own * self._weight[:, None]
         gram = weighted.T @ own
         gram.diagonal().add_(_NEAR * gram.diagonal().mean())
-        nearest = [self._nearest(weighted, gram, theirs) for theirs in layers if theirs[0].layer != self.layer]
+        nearest = [self._nearest(weighted, gram, theirs) for theirs in layers]
         for number, block in enumerate(self._blocks):
             width = block.writer.shape[1]
             others = [of_layer[number] for of_layer in nearest][: MAX_CANDIDATES // width - 1]
@@ -315,23 +319,28 @@ class _Mixture:
         return Regression(inputs, outputs, device, dtype, solver)
 
 
+def num_competing(shape: Shape, joined: int) -> int:
+    """Of how many of `joined` layers the experts' channels compete for the places in one."""
+    if not shape.experts or shape.has_norm_after:
+        return 1
+    return min(joined, max(1, MAX_CANDIDATES // shape.expert_width))
+
+
 def fitting_experts(setup: Setup, tokens: int, joined: int, *, is_rough: bool) -> tuple[int, Work]:
     """Bytes and work of the fit of the experts of `joined` layers as one layer's."""
     shape = setup.shape
     inside, sweep = _sweeping(setup, tokens, 1)
-    layers, sweeps = 2, joined  # the best one so far and the next
+    wide = 1 if is_rough else num_competing(shape, joined)
+    # The matrices of layers that compete, or of the best one so far, and of the next; what these two leave to write.
+    inside += (wide + 1) * shape.layer_bytes + 8 * tokens * shape.hidden
     work = Work({setup.own_product: joined * 2 * shape.hidden**2 * shape.readers * shape.experts * shape.expert_width})
     work += Work(layer=2 * tokens * shape.hidden * shape.mlp * joined * (shape.readers + 1))
-    if not is_rough:
-        sweeps += 1
-    if not is_rough and not shape.has_norm_after:  # channels of all layers compete
-        layers = joined + 1
-        wide = min(joined, max(1, MAX_CANDIDATES // shape.expert_width))
-        inside, competing = _sweeping(setup, tokens, wide)
-        inside += 12 * tokens * shape.experts
+    work += times(sweep, joined if is_rough else joined + 1)
+    if wide > 1:
+        of_blocks, competing = _sweeping(setup, tokens, wide)
+        inside = max(inside, wide * shape.layer_bytes + of_blocks + 4 * tokens * (shape.hidden + 3 * shape.experts))
         work += competing
-    inside += layers * shape.layer_bytes + 8 * tokens * shape.hidden + tokens * shape.hidden * shape.size
-    return inside, work + times(sweep, sweeps)
+    return inside + tokens * shape.hidden * shape.size, work
 
 
 def _sweeping(setup: Setup, tokens: int, wide: int) -> tuple[int, Work]:
