@@ -41,6 +41,22 @@ def in_fp8(folder: Path, block: int = 8) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def in_mxfp4(folder: Path) -> None:
+    """Quantise a gpt-oss's experts as it is released: 4 bits a weight, and an exponent for 32 of them."""
+    held = tensors(folder)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    for name in [name for name in held if name.endswith("_proj") and ".experts." in name]:
+        groups = held.pop(name).float().mT.unflatten(2, (-1, 32))  # (experts, outputs, groups, 32)
+        exponents = (groups.abs().amax(3) / 6).log2().ceil()
+        nearest = ((groups * 2 ** -exponents[..., None])[..., None] - values).abs().argmin(-1).to(torch.uint8)
+        held[f"{name}_blocks"] = nearest[..., ::2] + 16 * nearest[..., 1::2]
+        held[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def by_hand(folder: Path, model: LlamaForCausalLM) -> None:
     save_base(folder, model)
     in_fp8(folder)
@@ -117,6 +133,19 @@ def test_what_is_fused_is_what_was_dequantised(name: str, tmp_path: Path) -> Non
     else:
         fuse_checkpoint(base, tmp_path / "disk", **QUICK, **ON_DISK)
         assert same(tensors(tmp_path / "disk"), tensors(tmp_path / "out"))
+
+
+def test_a_released_gpt_oss_is_dequantised(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32}
+    save_base(tmp_path / "base", tiny_model("gpt_oss", **sizes).bfloat16())
+    in_mxfp4(tmp_path / "base")
+    dequantised = Base.open(tmp_path / "base", {}).load()
+    check_near(dequantised, tiny_model("gpt_oss", **sizes), 0.15)
+    save_base(tmp_path / "plain", dequantised)
+    for name in ("base", "plain"):
+        report = fuse_checkpoint(tmp_path / name, tmp_path / "out" / name, **QUICK)
+        assert any("(mxfp4)" in note for note in report.notes) == (name == "base")
+    assert same(tensors(tmp_path / "out" / "base"), tensors(tmp_path / "out" / "plain"))
 
 
 def test_a_quantised_base_is_fitted_and_teaches(text: Path, tmp_path: Path) -> None:
