@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,25 +18,28 @@ from builders import check_golden, make_report
 from conftest import ROOT, make_texts
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from lf_hf import FusionConfig, tasks_path
-from lf_hf.cli import app
+from lf_hf.cli import app, main
 from lf_hf.report.data import Continuation
 from lf_hf.settings import LEVELS
 
 FOLDERS = ROOT / "docs", ROOT / "research"
 PAGES = [ROOT / "README.md"]
 PAGES += [page for folder in FOLDERS for page in sorted(folder.glob("*.md")) if page.name != "api.md"]
-OTHER_PROGRAMS = "hf pip . export convert_hf_to_gguf.py llama-quantize llama-server vllm".split()  # nothing is checked
+OTHER_PROGRAMS = (
+    "hf pip . export convert_hf_to_gguf.py llama-quantize llama-server transformers vllm".split()
+)  # nothing is checked
 
 
 def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def commands() -> Iterator[list[str]]:
-    """Each command line of each page, and those inside others, in words: without variables before and comments."""
-    for block in itertools.chain(*(blocks("bash", page) for page in PAGES)):
+def commands(pages: list[Path] = PAGES) -> Iterator[list[str]]:
+    """Each command line of some pages, and those inside others, in words: without variables before and comments."""
+    for block in itertools.chain(*(blocks("bash", page) for page in pages)):
         for line in block.replace("\\\n", " ").splitlines():
             for command in (line, *re.findall(r'"\$\((.*?)\)"', line)):
                 words = shlex.split(command, comments=True)
@@ -74,6 +78,32 @@ def test_lm_eval_blocks_run(
     _, *words = shlex.split(adapted(block, base).replace("\\\n", " "))
     run_lm_eval([str(tasks_path()) if "tasks_path" in word else word for word in words])
     assert "|anatomy" in capsys.readouterr().out.replace(" ", "")
+
+
+# Whole cases of docs/recipes.md, by what they write, with the kinds of models that stand for theirs.
+CASES = {"smaller": "llama", "chatting": "llama", "seeing": "qwen3_vl", "mixture": "qwen3_moe"}
+TINY = "--num-fusions 1 --calibration-tokens 1024 --calibration-length 32 --perplexity-tokens 0 --no-speed".split()
+HEAL = ["--heal-tokens", "1024"]
+
+
+@pytest.mark.parametrize("out", CASES)
+def test_a_whole_case_gives_a_model_that_opens(out: str, family_base: Callable[..., Path]) -> None:
+    shutil.copytree(family_base(CASES[out]), "base")
+    if out == "chatting":
+        tokenizer = AutoTokenizer.from_pretrained("base")
+        tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        tokenizer.save_pretrained("base")
+        chats = [{"messages": [{"role": "user", "content": text}]} for text in make_texts(400)]
+        Path("chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    for program, command, *arguments in commands([ROOT / "docs" / "recipes.md"]):
+        if program == "lf-hf" and command == "fuse" and arguments[1] == out:
+            given = " ".join(arguments[1:]).replace("--target-layers 28", "").split()
+            assert main([command, "base", *given, *TINY, *(() if "refit" in given else HEAL)]) == 0
+        elif program == "lf-hf" and arguments == [out]:
+            assert main([command, out]) == 0
+    loader = AutoModelForImageTextToText if out == "seeing" else AutoModelForCausalLM
+    base, fused = (loader.from_pretrained(folder) for folder in ("base", out))
+    assert type(fused) is type(base) and fused.num_parameters() < base.num_parameters()
 
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
