@@ -69,6 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "olmoe": MIXTURE | {"intermediate_size": 16},
     "mixtral": MIXTURE | {"intermediate_size": 16, "sliding_window": 5},
     "gpt_oss": MIXTURE | {"intermediate_size": 16, "head_dim": 8, "sliding_window": 5} | rope("default"),
+    "qwen2_moe": MIXTURE | {"shared_expert_intermediate_size": 10},
     "qwen3_5_moe_text": MIXTURE
     | LINEAR
     | {"full_attention_interval": 3, "head_dim": 8}

@@ -494,6 +494,7 @@ _ALL = (
         layer_lists=(),
         window="sliding_window",
     ),
+    Family("qwen2_moe", "Qwen2Moe", mlp=experts_half(_SHARED), layer_lists=("layer_types",)),
     Family("olmoe", "Olmoe", mlp=experts_half(Experts(width="intermediate_size")), head_norms="all"),
     Family(
         "mixtral",

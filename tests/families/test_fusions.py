@@ -98,7 +98,7 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, rou
     key_values = decoder.family.num_key_heads(decoder.config, kind)
     states = decoder.embed(decoder.make_batches(list(LONGER)))
     fit, fused, traces = fitted(decoder, (first, first + 1), states, ridge=1e-4, rough=rough)
-    width = 8 * 16 + 10 * (model_type == "qwen3_5_moe_text") if model_type in MIXTURES else 48
+    width = 8 * 16 + 10 * bool(decoder.family.shared_width(decoder.config)) if model_type in MIXTURES else 48
     width += 8 * 16 * (layout == "experts beside an MLP")
     assert fit.entry.channels_kept == [width * (active == 0), width * (active == 1)]
     assert fit.entry.heads_kept in (None, [key_values * (active == 0), key_values * (active == 1)])
