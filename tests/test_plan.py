@@ -302,11 +302,18 @@ def test_more_takes_no_less(more: dict[str, Any]) -> None:
 def test_sizes_of_places_are_read() -> None:
     assert read_max_memory("cuda:0=20GiB, cpu=1GB,disk=5MiB") == {"cuda:0": 20 * GIB, "cpu": 10**9, "disk": 5 << 20}
     assert read_max_memory("cuda=20GiB") == read_max_memory({0: "20GiB"}) == {"cuda:0": 20 * GIB}
+    assert read_max_memory("cpu:0=4GiB") == {"cpu": 4 * GIB}
     with pytest.raises(ValueError, match="names the disk alone"):
         read_max_memory("disk=5GiB")
     for wrong in ("20GiB", "card=20GiB", "cpu=much", ""):
         with pytest.raises(ValueError, match="max_memory must be places and sizes"):
             read_max_memory(wrong)
+    with pytest.raises(ValueError, match="names a place twice"):
+        read_max_memory("cpu=1GiB,cpu=2GiB")
+    with pytest.raises(ValueError, match="names a place twice"):
+        read_max_memory({0: "2GiB", "cuda:0": "2GiB"})
+    with pytest.raises(ValueError, match="max_memory must be places and sizes"):
+        Machine.here([torch.device("cpu")], "")
 
 
 def test_this_machine_gives_no_more_than_it_has_and_another_one_all_that_is_named() -> None:

@@ -57,7 +57,7 @@ class Machine:
         The first process of a launch plans for all; where each has a card of its own, and another is named, that stands
         for it.
         """
-        given = read_max_memory(max_memory) if max_memory else {}
+        given = {} if max_memory is None else read_max_memory(max_memory)
         own, *others = map(str, devices)
         if local_processes() > 1 and own != "cpu" and not others:
             cards = {place: size for place, size in given.items() if place not in ("cpu", "disk")}
@@ -78,16 +78,20 @@ class Machine:
 def read_max_memory(given: str | Mapping[int | str, Any]) -> dict[str, int]:
     """Bytes by place, of "cuda:0=20GiB,cpu=30GiB" or of accelerate's dictionary, in which a number is a card.
 
-    Raises ValueError for what cannot be read.
+    Raises ValueError for what cannot be read, and for a place that is named twice.
     """
     card = accelerator() or torch.device("cuda")
     try:
-        named: Any = dict(part.strip().split("=") for part in given.split(",")) if isinstance(given, str) else given
-        sizes = {place_name(key, card.type): _bytes(size) for key, size in named.items()}
+        named: list[Any] = (
+            [part.strip().split("=") for part in given.split(",")] if isinstance(given, str) else [*given.items()]
+        )
+        sizes = {place_name(key, card.type): _bytes(size) for key, size in named}
     except (AttributeError, RuntimeError, ValueError, TypeError, OverflowError):
         raise ValueError(
             f"max_memory must be places and sizes, such as cuda:0=20GiB,cpu=30GiB; got {given!r:.80}."
         ) from None
+    if len(sizes) < len(named):
+        raise ValueError(f"max_memory names a place twice: {given!r:.80}.")
     if sizes.keys() == {"disk"}:
         raise ValueError("max_memory names the disk alone; give what a card or the memory may hold, too.")
     return sizes
@@ -103,7 +107,7 @@ def place_name(place: int | str, kind: str) -> str:
     if place in ("cpu", "disk"):
         return str(place)
     device = torch.device(f"{kind}:{place}" if isinstance(place, int) else place)
-    return f"{device.type}:{device.index or 0}"
+    return "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
 
 
 def devices_of(device_map: Any) -> list[torch.device]:

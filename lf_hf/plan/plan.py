@@ -117,8 +117,9 @@ class Plan:
         lines = [f"weights: {where}; hidden states {states}"]
         if self.healing is not None:
             lines.append(f"training: {self.healing.why}")
+        free = self.machine.free
         peak = ", ".join(
-            f"{in_gib(size)} of {in_gib(self.machine.free.get(place, 0))} on {place}"
+            f"{in_gib(size)}{f' of {in_gib(free[place])}' if place in free else ''} on {place}"
             for place, size in self.peak.items()
         )
         lines += [f"peak memory, about: {peak}", f"disk, while it runs, at most about: {in_gib(self.disk)}"]

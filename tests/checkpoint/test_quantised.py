@@ -136,7 +136,7 @@ def test_what_is_fused_is_what_was_dequantised(name: str, tmp_path: Path) -> Non
 
 
 def test_a_released_gpt_oss_is_dequantised(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 32}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
     save_base(tmp_path / "base", tiny_model("gpt_oss", **sizes).bfloat16())
     in_mxfp4(tmp_path / "base")
     dequantised = Base.open(tmp_path / "base", {}).load()
