@@ -197,6 +197,11 @@ ROWS: dict[str, Row] = {
     # Healing: its arguments, and models that do not belong together
     "a training argument of none": (healed, {"training_args": {"bf61": True}}, r"be used \(Train.* got an unexp"),
     "momentum": (healed, {"training_args": {"adam_beta1": 2}}, "cannot be used .Invalid beta parameter"),
+    "rate": (
+        healed,
+        {"training_args": {"learning_rate": 0.1}},
+        r"'learning_rate' is set by heal itself; give --learning-rate",
+    ),
     "labels": (healed, {"training_args": {"label_names": ["x"]}}, "'label_names' is set by heal itself"),
     "FSDP of one process": (healed, {"training_args": {"fsdp": True}}, "only works in distributed training"),
     "no base": (healed, {"base": None}, "say where it is with base="),

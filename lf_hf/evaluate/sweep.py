@@ -96,6 +96,8 @@ def sweep(
     check_evaluation(limit, batch_size or 1)
     folder = checked_folder(out)
     opened = Base.open(base, kwargs)
+    if folder == opened.folder:
+        raise ValueError(f"{str(folder)!r} is the base; choose another folder for the results.")
     configs = _configs(opened.config, num_fusions, methods, tasks, settings or {})
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)

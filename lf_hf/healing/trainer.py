@@ -379,7 +379,9 @@ def training_arguments(
         "logging_nan_inf_filter": False,
     }
     if refused := own.keys() & given.keys():
-        raise ValueError(f"The training argument {min(refused)!r} is set by heal itself; leave it out.")
+        name = min(refused)
+        instead = f"give --{name.replace('_', '-')} ({name}=)" if hasattr(settings, name) else "leave it out"
+        raise ValueError(f"The training argument {name!r} is set by heal itself; {instead}.")
     with _accepted():
         arguments = TrainingArguments(**defaults | dict(given) | own)
         for name, value in given.items():

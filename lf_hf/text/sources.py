@@ -88,6 +88,8 @@ def _read_csv(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
         try:
+            if (rows.fieldnames or []).count(_COLUMNS[0]) > 1:
+                raise csv.Error(f"it has two columns {_COLUMNS[0]}")
             for row in rows:
                 if None in row:  # under it are the fields that have no name
                     raise csv.Error("it has more fields than the header, so put text with commas in quotes")

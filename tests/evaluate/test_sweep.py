@@ -125,6 +125,13 @@ def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_p
     assert (tmp_path / "results.md").read_text() == "mine"
 
 
+def test_results_do_not_go_into_the_base(run: Run, base: str) -> None:
+    before = sorted(Path(base).iterdir())
+    with pytest.raises(ValueError, match="is the base; choose another folder"):
+        run(base)
+    assert sorted(Path(base).iterdir()) == before
+
+
 def test_what_is_there_is_shown_again(whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, points = whole
     assert (folder / "results.md").read_text("utf-8") == markdown(points, base)

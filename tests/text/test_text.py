@@ -144,6 +144,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
         ("list.jsonl", b'{"text": "a"}\n\n["abc"]\n', r"'list.jsonl' .*line 3 is not a JSON object: \['abc'\]"),
         ("cut.jsonl", b'{"text": "a"}\n{"text', "'cut.jsonl' cannot be read .line 2 is not JSON"),
         ("comma.csv", b"text,label\nHi,neg\nHello,pos,\n", "'comma.csv' .*line 3: it has more fields than the header"),
+        ("twice.csv", b"text,text\nHi,there\n", "'twice.csv' .*line 1: it has two columns text"),
         ("plain.csv", b"id,text\n1,Hello, world\n", "'plain.csv' .*line 2: it has more fields than the header, so put"),
         ("open.csv", b'id,text\n1,"Hello\n', "'open.csv' .*line 2: unexpected end of data"),
         ("other.csv", b"id\n1\n", "'other.csv' cannot be read .it has no column text, but id"),
