@@ -1,6 +1,9 @@
 """Of the processes that a launcher starts the first one fuses, all heal and evaluate, and one model comes out."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,3 +97,16 @@ def test_lm_eval_fuses_once_and_loads_it_in_every_process(tmp_path: Path) -> Non
     kept = FusionReport.load(tmp_path / "kept")
     assert json.loads(results.read_text())["config"]["fusion"]["parameters_after"] == kept.parameters_after
     assert kept.layers_after == 4 and not (tmp_path / "kept" / ".lf_hf").exists()
+
+
+def test_a_process_says_that_it_waits_for_others() -> None:
+    """As where a shell remembers a launch, and nobody starts the others."""
+    program = """
+from datetime import timedelta
+from lf_hf.runtime import launch
+launch.SAID_AFTER, launch.PATIENCE = 0.1, timedelta(seconds=2)
+launch.num_processes()
+"""
+    left = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **left})
+    assert done.returncode and "WORLD_SIZE=2 in the environment" in done.stderr

@@ -241,6 +241,7 @@ def test_a_refusal_names_the_least_that_would_do_and_that_does(on: Machine, trai
         planned(too_little, healing=healing)
 
 
+@pytest.mark.filterwarnings("error:Attempting to save a model with offloaded")
 def test_a_tiny_model_does_with_the_least_that_is_named(base: str, tmp_path: Path) -> None:
     given: dict[str, Any] = {"num_fusions": 1, "calibration": make_texts(200), "perplexity_tokens": 0}
     given |= {"method": "refit", "calibration_tokens": 1024, "calibration_length": 32}

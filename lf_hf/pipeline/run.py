@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -118,7 +119,9 @@ def _heal_into(folder: Path, inputs: HealInputs, made_of: Mapping[str, str], pla
 def _write(model: FusedForCausalLM, made_of: Mapping[str, str], logs: Path | None, folder: Path) -> None:
     """Write a model, of which its report says what it is made of, and the logs of its training, into a folder."""
     model.remember(replace(model.report, fingerprints=dict(made_of)))
-    model.save_pretrained(folder, plain=True, max_shard_size=MAX_SHARD_BYTES)
+    with warnings.catch_warnings():  # transformers' speaks of files of 50 GB, and these are as small as planned
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, plain=True, max_shard_size=MAX_SHARD_BYTES)
     if logs is not None and logs.is_dir():
         shutil.copytree(logs, folder / LOGS)
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from threading import Timer
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import get_cpu_distributed_information
 from torch import distributed
+from transformers.utils import logging
 
 from lf_hf.runtime.errors import reason
 from lf_hf.runtime.numerics import accelerator
 
 T = TypeVar("T")
+logger = logging.get_logger(__name__)
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for one that works alone; a launcher ends them at once when that one has ended."""
+SAID_AFTER = 20
+"""Seconds after which a process says that it waits for others: a shell may remember a launch that is over."""
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that spread a model over all devices."""
 
@@ -28,8 +33,16 @@ class OtherProcessError(RuntimeError):
 
 def num_processes() -> int:
     """How many processes this one's launch has, which are connected now; 1 where there is no launch."""
-    if rank() is None and get_cpu_distributed_information().world_size > 1:
-        PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    asked = get_cpu_distributed_information().world_size
+    if rank() is None and asked > 1:
+        others = f"Waiting for the other processes: WORLD_SIZE={asked} in the environment says that there are {asked}."
+        waiting = Timer(SAID_AFTER, logger.warning, [f"{others} Where no launcher set it, unset it."])
+        waiting.daemon = True  # an interrupt ends it, too
+        waiting.start()
+        try:
+            PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+        finally:
+            waiting.cancel()
     return 1 if rank() is None else distributed.get_world_size()
 
 
