@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from run_launched import FITTING, TOKENS
 
 import lf_hf
 from lf_hf import FusionReport
+from lf_hf.cli import main
 
 ZERO = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}
 ZERO |= dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto")
@@ -99,14 +101,26 @@ def test_lm_eval_fuses_once_and_loads_it_in_every_process(tmp_path: Path) -> Non
     assert kept.layers_after == 4 and not (tmp_path / "kept" / ".lf_hf").exists()
 
 
-def test_a_process_says_that_it_waits_for_others() -> None:
+def test_a_process_says_that_it_waits_for_others_and_can_be_ended() -> None:
     """As where a shell remembers a launch, and nobody starts the others."""
     program = """
-from datetime import timedelta
 from lf_hf.runtime import launch
-launch.SAID_AFTER, launch.PATIENCE = 0.1, timedelta(seconds=2)
+launch.SAID_AFTER = 0.1
 launch.num_processes()
 """
     left = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **left})
-    assert done.returncode and "WORLD_SIZE=2 in the environment" in done.stderr
+    waits = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=os.environ | left)
+    with waits:
+        assert waits.stderr is not None
+        assert any("WORLD_SIZE=2 in the environment" in line for line in waits.stderr)
+        waits.send_signal(signal.SIGINT)
+        assert waits.wait(60)
+
+
+def test_a_rank_without_a_launch_is_no_other_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a shell remembers it: the command says what it has to say."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["fuse", "no-such-base", "out", "--num-fusions", "1"]) == 1
+    assert "no-such-base" in capsys.readouterr().err

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from threading import Timer
+from threading import Timer, current_thread, main_thread
 from typing import Any, TypeVar
 
 import torch
@@ -35,15 +37,27 @@ def num_processes() -> int:
     """How many processes this one's launch has, which are connected now; 1 where there is no launch."""
     asked = get_cpu_distributed_information().world_size
     if rank() is None and asked > 1:
-        others = f"Waiting for the other processes: WORLD_SIZE={asked} in the environment says that there are {asked}."
-        waiting = Timer(SAID_AFTER, logger.warning, [f"{others} Where no launcher set it, unset it."])
-        waiting.daemon = True  # an interrupt ends it, too
-        waiting.start()
-        try:
+        with _waiting(asked):
             PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
-        finally:
-            waiting.cancel()
     return 1 if rank() is None else distributed.get_world_size()
+
+
+@contextmanager
+def _waiting(asked: int) -> Iterator[None]:
+    """Wait for so many processes: a line says so after a while, and Ctrl-C or SIGTERM ends this one at once."""
+    others = f"Waiting for the other processes: WORLD_SIZE={asked} in the environment says that there are {asked}."
+    waiting = Timer(SAID_AFTER, logger.warning, [f"{others} Where no launcher set it, unset it."])
+    waiting.daemon = True
+    ending = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    # Python's own handlers would run when torch has come back.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ending}
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def compute_once(compute: Callable[[], T]) -> T:
@@ -79,8 +93,12 @@ def leave_process_group() -> None:
 
 
 def local_rank() -> int:
-    """Number of this process among those that a launcher (torchrun, accelerate, MPI) started on this machine."""
-    return get_cpu_distributed_information().local_rank
+    """Number of this process among those that a launcher (torchrun, accelerate, MPI) started on this machine.
+
+    0 where there are no others: a shell may remember a launch that is over.
+    """
+    launched = get_cpu_distributed_information()
+    return launched.local_rank if launched.world_size > 1 else 0
 
 
 def local_processes() -> int:
