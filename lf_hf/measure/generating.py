@@ -155,6 +155,8 @@ def continue_prompts(decoder: Decoder, prompts: Sequence[Tensor], count: int) ->
     model = decoder.copy().model  # as some models keep what they have generated
     model.generation_config = GenerationConfig()  # which has no end, and no penalties
     greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": count}
+    if getattr(decoder.config, "output_router_logits", False):  # for training; with a cache transformers fails on it
+        greedy["output_router_logits"] = False
     # Other processes of a launch wait meanwhile, and take no part.
     written = model.generate(tokens, attention_mask=mask, synced_gpus=False, **greedy)
     return list(written[:, tokens.shape[1] :].cpu())

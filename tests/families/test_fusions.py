@@ -234,9 +234,14 @@ def test_the_decoder_gives_the_models_own_states_and_logits(model_type: str, att
 
 
 # A window in some layers, rotary embeddings of two kinds and of none, queries that grow with position, and images.
-@pytest.mark.parametrize("layout", ["gemma3_text", "smollm3", "ministral3", "qwen3_vl", "eager attention"])
-def test_text_is_continued_as_by_the_models_own_generation(layout: str, tmp_path: Path) -> None:
-    model_type, overrides = LAYOUTS[layout]
+# And experts whose config asks for what balances them in training.
+CONTINUED = [LAYOUTS[layout] for layout in ("gemma3_text", "smollm3", "ministral3", "qwen3_vl", "eager attention")]
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), [*CONTINUED, ("mixtral", {"output_router_logits": True})])
+def test_text_is_continued_as_by_the_models_own_generation(
+    model_type: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
     model = tiny_model(model_type, **overrides)
     prompts = [IDS[0], IDS[1, :4], IDS[2, :11]]
     expected = []

@@ -223,6 +223,16 @@ def test_the_config_of_a_plain_checkpoint_key_by_key(
     torch.testing.assert_close(logits(auto_class(model_type).from_pretrained(tmp_path / "plain")), logits(model))
 
 
+def test_an_expert_that_lacks_a_matrix_is_a_base_to_repair(family_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = shutil.copytree(family_base("mixtral"), tmp_path / "base")
+    held = tensors(base)
+    del held["model.layers.2.block_sparse_moe.experts.3.w1.weight"]
+    save_file(held, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"cannot be loaded .*; check the arguments and its files"):
+        lf_hf.fuse_checkpoint(base, tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
     family_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
