@@ -112,9 +112,12 @@ launch.num_processes()
     waits = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=os.environ | left)
     with waits:
         assert waits.stderr is not None
-        assert any("WORLD_SIZE=2 in the environment" in line for line in waits.stderr)
-        waits.send_signal(signal.SIGINT)
-        assert waits.wait(60)
+        try:
+            assert any("WORLD_SIZE=2 in the environment" in line for line in waits.stderr)
+            waits.send_signal(signal.SIGINT)
+            assert waits.wait(60) == -signal.SIGINT
+        finally:
+            waits.kill()
 
 
 def test_a_rank_without_a_launch_is_no_other_process(
