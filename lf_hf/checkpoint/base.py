@@ -188,13 +188,13 @@ class Base:
             loading["config"].quantization_config = dict(self.quantisation.config)
         # A TypeError is for an argument that nobody takes, a RuntimeError for tensors that do not go together, as where
         # an expert lacks one.
-        problem, advice = f"{self.name!r} cannot be loaded", "check the arguments and its files"
-        with explained(problem, advice, (TypeError, RuntimeError)):
+        kinds = (TypeError, RuntimeError)
+        with explained(f"{self.name!r} cannot be loaded", "check the arguments and its files", kinds):
             model, info = model_class(self.config).from_pretrained(self.name, **loading)
         layers = f"{text_prefix(model)}layers."
         # Old checkpoints hold rotary embeddings, and other tensors outside the layers do no harm.
         unknown = [name for name in info["unexpected_keys"] if name.startswith(layers) and "rotary_emb" not in name]
-        problem = ""
+        problem = None
         if missing := info["missing_keys"]:
             problem = f"has no tensor {min(missing)!r}, which its config.json asks for"
         elif mismatched := info["mismatched_keys"]:
