@@ -68,6 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": MIXTURE | {"head_dim": 8, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 5},
     "olmoe": MIXTURE | {"intermediate_size": 16},
     "mixtral": MIXTURE | {"intermediate_size": 16, "sliding_window": 5},
+    "granitemoe": MIXTURE | FACTORS | {"intermediate_size": 16},
     "gpt_oss": MIXTURE | {"intermediate_size": 16, "head_dim": 8, "sliding_window": 5} | rope("default"),
     "qwen2_moe": MIXTURE | {"shared_expert_intermediate_size": 10},
     "qwen3_5_moe_text": MIXTURE

@@ -433,6 +433,13 @@ _QWEN3 = Family("qwen3", "Qwen3", head_norms="each", layer_lists=("layer_types",
 _QWEN3_5 = replace(
     _QWEN3, model_type="qwen3_5_text", title="Qwen3_5", rotary="Text", delta_net=_DELTA_NET, gain_offset=1.0
 )
+_GRANITE = Family(
+    "granite",
+    "Granite",
+    embedding_multiplier="embedding_multiplier",
+    residual_multiplier="residual_multiplier",
+    logits_divisor="logits_scaling",
+)
 _SHARED = Experts(
     shared="mlp.shared_expert",
     shared_gate="mlp.shared_expert_gate",
@@ -455,13 +462,7 @@ _ALL = (
     _GEMMA4,
     replace(_GEMMA4, model_type="gemma4_unified_text", title="Gemma4UnifiedText"),
     _OLMO2,
-    Family(
-        "granite",
-        "Granite",
-        embedding_multiplier="embedding_multiplier",
-        residual_multiplier="residual_multiplier",
-        logits_divisor="logits_scaling",
-    ),
+    _GRANITE,
     Family("smollm3", "SmolLM3", layer_lists=("layer_types", "no_rope_layers")),
     Family("qwen3_vl_text", "Qwen3VLText", head_norms="each"),
     Family("cwm", "Cwm", layer_lists=("layer_types",)),
@@ -501,6 +502,19 @@ _ALL = (
         "Mixtral",
         mlp=experts_half(Experts(count="num_local_experts", width="intermediate_size")),
         window="sliding_window",
+    ),
+    replace(
+        _GRANITE,
+        model_type="granitemoe",
+        title="GraniteMoe",
+        mlp=experts_half(
+            Experts(
+                module="block_sparse_moe.experts",
+                router="block_sparse_moe.router",
+                count="num_local_experts",
+                width="intermediate_size",
+            )
+        ),
     ),
     Family(
         "gpt_oss",
