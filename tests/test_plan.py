@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, TINY, dry_run, make_texts, make_tokenizer, pickled
+from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lf_hf import FusionConfig, HealSettings, fuse_checkpoint
@@ -348,6 +349,12 @@ def test_healing_takes_the_first_card_alone(base: str, monkeypatch: pytest.Monke
     monkeypatch.setattr("lf_hf.pipeline.planning.Machine", SimpleNamespace(here=lambda *_: second))
     with pytest.raises(ValueError, match="Healing trains on cuda:0, not on cuda:1; hide the others, and give cuda"):
         dry_run(base, FusionConfig(1, "healed"), calibration=make_texts(100), max_memory="cuda:1=80GiB,cpu=64GiB")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "gemma4_unified"])
+def test_the_decoder_of_a_model_of_images_is_timed_by_itself(model_type: str) -> None:
+    """That of Qwen3-VL is no model with a head in transformers."""
+    assert min(probe(torch.device("cpu"), torch.float32, tiny_config(model_type)).values()) > 0
 
 
 def test_a_probe_gives_minutes() -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
-from lf_hf.families.models import family_of, set_config_layers, text_model
+from lf_hf.families.models import family_of, set_config_layers
 from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
 from lf_hf.runtime.numerics import bfloat16_products
 
@@ -78,7 +78,7 @@ def _one_layer(config: PreTrainedConfig, device: torch.device, dtype: torch.dtyp
     set_config_layers(small, [0])
     small.vocab_size, small.pad_token_id = 16, None
     with torch.device("meta"):
-        body = text_model(family.causal_lm(small))
+        body = AutoModel.from_config(small)
     body = body.to(dtype).to_empty(device=device).eval()
     with torch.no_grad():
         for parameter in body.parameters():
