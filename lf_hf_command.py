@@ -29,6 +29,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("lf-hf: interrupted.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing catches what is raised while Python ends
 
 
 def _stop(*_: object) -> None:

@@ -289,9 +289,9 @@ TINY: dict[str, dict[str, Any]] = {
     "cwm": {"bos_token_id": 0},
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 64, "sliding_window_pattern": 6, "query_pre_attn_scalar": 32},
-    "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "qwen3_5_text": {"linear_num_key_heads": 8, "linear_num_value_heads": 8},
 }
-TINY["qwen3_5_text"] |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+TINY["qwen3_5_text"] |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 TINY["llama"] |= {"num_attention_heads": 6, "num_key_value_heads": 6}
 MIXTURE: dict[str, Any] = {"hidden_size": 192, "num_hidden_layers": 10, "num_attention_heads": 6}
 MIXTURE |= {"moe_intermediate_size": 64, "num_experts_per_tok": 4}

@@ -153,18 +153,18 @@ def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, **overrid
 
 
 @torch.no_grad()
-def idle(model: Any, *layers: int) -> None:
-    """Let some layers leave the stream as it is."""
+def idle(model: Any, *layers: int, share: float = 0.0) -> None:
+    """Let some layers leave the stream as it is, or write a share of what they do, or through gains of that size."""
     family = family_of(model.config)
     for layer in (text_model(model).layers[index] for index in layers):
         for half in (family.layer_mixer(layer), family.mlp):
             writers = (half.writer, "mlp.shared_expert.down_proj")
             if half.after:
-                layer.get_parameter(f"{half.after}.weight").fill_(-family.gain_offset)
+                layer.get_parameter(f"{half.after}.weight").fill_(share - family.gain_offset)
             else:
                 for name, parameter in layer.named_parameters():
                     if name.startswith(writers):
-                        parameter.zero_()
+                        parameter.mul_(share)
 
 
 def decoders(model: Any, folder: Path) -> list[Decoder]:

@@ -70,8 +70,9 @@ class Half:
     `before` is the norm that `readers` read, and `after` the one that what `writer` writes goes through; None where the
     layers have no such norm. `packed` is the projection that has the rows of all readers, in order, where there is one.
     `inner` are the parameters in between that are neither projections nor norms of heads. Where an MLP has `experts`,
-    their matrices are those of `readers` and `writer` that have one more dimension, the first. `of_heads` are
-    parameters with a number for each query head.
+    their matrices are those of `readers` and `writer` that have one more dimension, the first. `of_heads` are other
+    parameters with as much for each key head, and `joined` those with queries, keys and values one below the other;
+    `head_gain` multiplies the channels of every head in front of the writer.
     """
 
     before: str | None
@@ -81,6 +82,8 @@ class Half:
     packed: str | None = None
     inner: tuple[str, ...] = ()
     of_heads: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
+    head_gain: str = ""
     experts: Experts | None = None
 
     @property
@@ -107,7 +110,7 @@ class Half:
         if self.experts and self.experts.shared:
             projections.append(f"{self.experts.shared}.down_proj")
         names = {f"{name}.{kind}" for name in projections for kind in ("weight", "bias")}
-        return names | {f"{norm}.weight" for norm in self.norms} | {*self.inner, *self.of_heads}
+        return names | {f"{norm}.weight" for norm in self.norms} | {*self.inner, *self.of_heads, self.head_gain} - {""}
 
 
 attention_half = partial(
@@ -123,7 +126,9 @@ _DELTA_NET = Half(
     before="input_layernorm",
     readers=tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")),
     writer="linear_attn.out_proj",
-    inner=tuple(f"linear_attn.{name}" for name in ("conv1d.weight", "A_log", "dt_bias", "norm.weight")),
+    of_heads=tuple(f"linear_attn.{name}" for name in ("conv1d.weight", "A_log", "dt_bias")),
+    joined=("linear_attn.in_proj_qkv.weight", "linear_attn.conv1d.weight"),
+    head_gain="linear_attn.norm.weight",
 )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.demand import Setup, Work, times
-from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
+from lf_hf.families.table import DecoderLayer, Kind, Weights
 from lf_hf.refit.experts import fit_experts, fitting_experts
 from lf_hf.refit.half_fit import FittedHalf, HalfFit, Problem, maps_to, solve_maps, token_weights
 from lf_hf.refit.layer_parts import (
@@ -39,10 +40,11 @@ from lf_hf.refit.layer_parts import (
     stacked,
     stacked_writers,
     with_gain,
+    with_heads,
     with_one_norm,
     with_shared_gain,
 )
-from lf_hf.refit.regression import FitError, Solver, expanded, solving
+from lf_hf.refit.regression import FitError, Solver, solving
 from lf_hf.refit.states import States, drained, keep
 from lf_hf.refit.traces import Traces
 from lf_hf.report.data import FusedLayer, MadeLayer
@@ -121,7 +123,9 @@ def fit_attention(
 ) -> tuple[Kind, FittedHalf]:
     """The attention of a group's layers as one, with the first layer's MLP; and the kind of the layer that it makes.
 
-    `problems` is a list of one, of maps from what the fused layer's attention reads to what theirs read.
+    Where layers differ in what they have there, as attention and Gated DeltaNet, those that are alike are fitted by
+    themselves, and the best fit is taken. `problems` is a list of one, of maps from what the fused layer's attention
+    reads to what theirs read.
     """
     family = fit.decoder.family
     maps = [None, *solve_maps(problems.pop(), fit.ridge)][-len(group) :]  # None for a first layer that reads the same
@@ -130,59 +134,53 @@ def fit_attention(
         for weights, input_map, kind in zip(group, maps, kinds, strict=True)
     ]
     del maps
-    widths = {layer[f"{family.mixer(kind).writer}.weight"].shape[1] for layer, kind in zip(layers, kinds, strict=True)}
-    if family.delta_net or len(widths) > 1:
-        return _keep_one_mixer(fit, layers, kinds)
-    return _select_heads(fit, layers, kinds)
-
-
-def _keep_one_mixer(
-    fit: HalfFit, layers: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]
-) -> tuple[Kind, FittedHalf]:
-    """All that one layer has before its MLP: each is fitted by itself, and the best fit is taken."""
-    family, fitted = fit.decoder.family, []
-    for number, (weights, kind) in enumerate(zip(with_shared_gain(fit.half, layers), kinds, strict=True)):
-        alone = replace(fit, half=family.mixer(kind))
-        problem = alone.build_problem(weights, alone.writer_inputs(weights, kind))
-        num_kept = torch.zeros(len(layers), dtype=torch.int64)
-        num_kept[number] = family.num_key_heads(fit.decoder.config, kind)
-        fitted.append(alone.fit_writer(weights, num_kept, problem, kind))
-    errors = torch.stack([half.error_after for half in fitted]).tolist()
-    number = errors.index(min(errors))
-    return kinds[number], fitted[number]
+    shapes = [{name: weight.shape for name, weight in weights.items()} for weights in layers]
+    different = [shape for number, shape in enumerate(shapes) if shape not in shapes[:number]]
+    if len(different) > 1:
+        layers = with_shared_gain(fit.half, layers)
+    fitted = []
+    for of_layer in different:
+        alone = replace(fit, half=family.mixer(kinds[shapes.index(of_layer)]))
+        is_alike = [shape == of_layer for shape in shapes]
+        kind, half = _select_heads(alone, [*compress(layers, is_alike)], [*compress(kinds, is_alike)])
+        counts = iter(half.kept)
+        kept = torch.stack([next(counts) if alike else half.kept.new_zeros(()) for alike in is_alike])
+        fitted.append((kind, half._replace(kept=kept)))
+    if len(fitted) == 1:  # for which the host does not wait
+        return fitted[0]
+    return fitted[int(torch.stack([half.error_after for _, half in fitted]).argmin())]
 
 
 def _select_heads(fit: HalfFit, layers: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]) -> tuple[Kind, FittedHalf]:
     """The best key-value groups, each with its query heads, of all layers; or all those of one layer.
 
     Heads of layers of different kinds cannot be side by side. Where a norm is over all heads of a layer, they depend on
-    each other; and where it comes behind rotary embeddings, or keys are values too, its gains cannot move into heads'
-    rows. Then all attention of one layer is kept.
+    each other; and where it comes behind rotary embeddings, keys are values too, or queries have gates beside them, as
+    in hybrids, its gains cannot move into heads' rows. Then all attention of one layer is kept.
     """
     half, count, family = fit.half, len(layers), fit.decoder.family
-    whole = family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds)
-    whole |= "self_attn.v_proj.weight" not in layers[0]
-    query_rows, key_rows = (len(layers[0][f"self_attn.{name}.weight"]) for name in ("q_proj", "k_proj"))
-    num_groups = key_rows // head_dim(fit.decoder.config, kinds[0])
+    is_attention = half is family.attention
+    whole = family.head_norms in ("turned", "all") or family.delta_net is not None
+    whole |= any(kind != kinds[0] for kind in kinds) or "self_attn.v_proj.weight" not in layers[0]
+    whole &= is_attention
+    num_groups = family.num_key_heads(fit.decoder.config, kinds[0])
     keep = 1 if whole else num_groups
-    wide = layers[0] | stacked(half, layers, fit.measure_sizes(layers, kinds))
+    wide = layers[0] | stacked_writers(half, layers, fit.measure_sizes(layers, kinds))
     parts = [fit.writer_inputs(weights, kind) for weights, kind in zip(layers, kinds, strict=True)]
     problem = fit.build_problem(wide, lambda state: torch.cat([part(state) for part in parts], dim=1))
-    block = query_rows // keep
+    start = wide[f"{half.writer}.weight"]
     rounds = 1 if fit.solver.rough_tokens else (count - 1) * keep
-    kept = problem.prune(wide["self_attn.o_proj.weight"], keep, block=block, rounds=rounds)
-    rows = {"q_proj": expanded(kept, block), "k_proj": expanded(kept, key_rows // keep)}
-    weights = selected(half, wide, rows["q_proj"], rows["k_proj"], rows["k_proj"])
+    kept = problem.prune(start, keep, block=start.shape[1] // (count * keep), rounds=rounds)
+    weights = with_heads(half, layers, wide, kept, keep)
     kind = kinds[0]
     if whole:
         number = int(kept)
         kind = kinds[number]
         weights |= {f"{norm}.weight": layers[number][f"{norm}.weight"] for norm in family.norms_of_heads}
-    elif family.head_norms:  # one norm gives heads other sizes than their own ones did
-        weights |= with_one_norm(layers, wide, rows, family.norms_of_heads)
+    elif is_attention and family.head_norms:  # one norm gives heads other sizes than their own ones did
+        weights |= with_one_norm(layers, weights, kept // keep, family.norms_of_heads)
         problem = fit.build_problem(weights, fit.writer_inputs(weights, kind))
-    num_kept = _counts(kept, keep, count) * num_groups // keep
-    return kind, fit.fit_writer(weights, num_kept, problem, kind)
+    return kind, fit.fit_writer(weights, _counts(kept, keep, count) * num_groups // keep, problem, kind)
 
 
 def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) -> FittedHalf:

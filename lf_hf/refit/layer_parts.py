@@ -5,7 +5,7 @@ Weights have the names of `Family.unpacked` here, and norms' gains are what they
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,16 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Experts, Half, Kind, Weights
+from lf_hf.refit.regression import expanded
 
 _LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 
 
 def folded(half: Half, weights: Weights, input_map: Tensor | None = None) -> dict[str, Tensor]:
-    """A layer with the gains of a half's norm, and a map that it reads through, (hidden, hidden), in its readers."""
+    """A layer with the gains of a half's norm, and a map that it reads through, (hidden, hidden), in its readers.
+
+    What the writer reads has no gains either, so that heads of several layers can be side by side.
+    """
     layer = dict(weights)
     for reader in half.readers:
         if f"{reader}.weight" not in weights:  # as values are not, where keys are values too
@@ -35,6 +39,10 @@ def folded(half: Half, weights: Weights, input_map: Tensor | None = None) -> dic
         layer[f"{reader}.weight"] = wide.to(weight.dtype)
         if gain:
             layer[gain] = torch.ones_like(weights[gain])
+    if half.head_gain:
+        gains, written = weights[half.head_gain], weights[f"{half.writer}.weight"]
+        layer[f"{half.writer}.weight"] = written * gains.repeat(written.shape[1] // len(gains)).to(written.dtype)
+        layer[half.head_gain] = torch.ones_like(gains)
     return layer
 
 
@@ -44,7 +52,7 @@ def with_gain(weights: Weights, gain: str | None, input_map: Tensor) -> Tensor:
 
 
 def stacked(half: Half, layers: Sequence[Weights], sizes: Tensor | None) -> dict[str, Tensor]:
-    """One half of a wide layer that has all heads or all channels of some `folded` layers, in order."""
+    """The MLP of a wide layer that has all channels of some `folded` layers, in order."""
     wide = stacked_writers(half, layers, sizes)
     if half.before:
         wide[f"{half.before}.weight"] = layers[0][f"{half.before}.weight"]
@@ -52,8 +60,6 @@ def stacked(half: Half, layers: Sequence[Weights], sizes: Tensor | None) -> dict
         for name in (f"{reader}.weight", f"{reader}.bias"):
             if name in layers[0]:
                 wide[name] = torch.cat([layer[name] for layer in layers])
-    for name in half.of_heads:
-        wide[name] = torch.cat([layer[name] for layer in layers])
     return wide
 
 
@@ -202,34 +208,49 @@ def selected(half: Half, weights: Weights, *rows: Tensor | slice) -> dict[str, T
                 selection[name] = weights[name][chosen]
     writer = f"{half.writer}.weight"
     selection[writer] = weights[writer][:, rows[0]]
-    for name in half.of_heads:
-        each = weights[writer].shape[1] // len(weights[name])  # channels of a head
-        selection[name] = weights[name].repeat_interleave(each)[rows[0]][::each]
     return selection
 
 
+def with_heads(half: Half, layers: Sequence[Weights], wide: Weights, kept: Tensor, each: int) -> dict[str, Tensor]:
+    """The heads of some `folded` layers that are kept, in a wide layer that has all their writers.
+
+    All that a layer has for its heads is in `each` blocks, of which `kept` are the numbers, counted over all layers.
+    """
+    writer = f"{half.writer}.weight"
+    of_layer = layers[0][writer].shape[1]  # channels
+    weights = {**wide, writer: wide[writer][:, expanded(kept, of_layer // each)]}
+    names = [f"{reader}.{kind}" for reader in half.readers for kind in ("weight", "bias")]
+    for name in filter(layers[0].__contains__, (*names, *half.of_heads)):
+        parts = [[layer[name]] for layer in layers]
+        if name in half.joined:
+            others = len(layers[0][name]) - of_layer  # of queries and keys
+            parts = [list(layer[name].split((others // 2, others // 2, of_layer))) for layer in layers]
+        chosen = [torch.cat(part)[expanded(kept, len(part[0]) // each)] for part in zip(*parts, strict=True)]
+        weights[name] = torch.cat(chosen)
+    return weights
+
+
 def with_one_norm(
-    parameters: Sequence[Weights], wide: Weights, chosen: Mapping[str, Tensor], norms: Sequence[str]
+    parameters: Sequence[Weights], weights: Weights, origins: Tensor, norms: Sequence[str]
 ) -> dict[str, Tensor]:
     """Queries and keys of heads of several layers for one norm of each, in place of those that the layers had.
 
     Its gains are a geometric mean of the layers', weighted by their heads, and the rest is folded into the heads' rows.
     Each head comes out as it was, but for its size, which the norm sets: that is off by as much as the gains differ.
-    This leaves less error than attention from one layer as a whole. `wide` has the layers side by side, and `chosen`,
-    for "q_proj" and "k_proj", the rows that are kept; `norms` are those of the two.
+    This leaves less error than attention from one layer as a whole. `weights` have the heads side by side, and
+    `origins` the number of the layer of each key-value group; `norms` are those of queries and of keys.
     """
     merged: dict[str, Tensor] = {}
-    for (name, rows), module in zip(chosen.items(), norms, strict=True):
-        norm = f"{module}.weight"
-        layer_numbers = rows // len(parameters[0][f"self_attn.{name}.weight"])
+    for name, module in zip(("self_attn.q_proj", "self_attn.k_proj"), norms, strict=True):
+        norm, rows = f"{module}.weight", len(weights[f"{name}.weight"])
         gains = torch.stack([layer[norm] for layer in parameters])  # (layers, head_dim)
-        shares = torch.bincount(layer_numbers, minlength=len(parameters)) / len(rows)
+        shares = torch.bincount(origins, minlength=len(parameters)) / len(origins)
         log_gains = gains.float().abs().clamp(min=_LEAST_GAIN).log()
         merged[norm] = torch.exp(shares @ log_gains).to(gains.dtype)
-        channels = rows % gains.shape[1]
-        scale = gains[layer_numbers, channels] / merged[norm][channels]
-        weight, bias = f"self_attn.{name}.weight", f"self_attn.{name}.bias"
-        merged[weight] = (wide[weight][rows] * scale[:, None]).to(wide[weight].dtype)
-        if bias in wide:
-            merged[bias] = (wide[bias][rows] * scale).to(wide[bias].dtype)
+        scale = (gains / merged[norm])[origins]  # (groups, head_dim)
+        scale = scale.repeat_interleave(rows // scale.numel(), dim=0).flatten()
+        for parameter in (f"{name}.weight", f"{name}.bias"):
+            if parameter in weights:
+                weight = weights[parameter]
+                merged[parameter] = (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
     return merged

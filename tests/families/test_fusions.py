@@ -108,6 +108,28 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, rou
     assert float((found - traces.output[0]).norm() / traces.output[0].norm()) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("model_type", "pair"), [("llama", (2, 3)), ("gemma2", (1, 3)), ("gpt_oss", (1, 3)), ("qwen3_5_text", (0, 1))]
+)
+def test_heads_of_two_layers_stand_side_by_side(model_type: str, pair: tuple[int, int]) -> None:
+    """Of two key heads that each layer has the first one writes only in the first layer, and the second in the other.
+
+    They write so little that both layers read the same stream.
+    """
+    model = tiny_model(model_type)
+    idle(model, *pair, share=1e-4)
+    decoder = Decoder(model)
+    for idle_head, number in zip((1, 0), pair, strict=True):
+        layer = decoder.layer(number)
+        writer = layer.get_parameter(f"{decoder.family.layer_mixer(layer).writer}.weight").detach()
+        writer.chunk(2, dim=1)[idle_head].zero_()
+    states = decoder.embed(decoder.make_batches(list(LONGER)))
+    fit, _, _ = fitted(decoder, pair, states, ridge=1e-4)
+    assert fit.entry.heads_kept == [1, 1]
+    assert fit.entry.attention_error is not None
+    assert fit.entry.attention_error < (0.05 if decoder.family.mlp.after else 1e-4)  # a norm has a size for each token
+
+
 WAYS = [
     {"method": method, "selection": selection}
     for method in METHODS
