@@ -19,7 +19,7 @@ TextSource = Sequence[str | Messages] | str | Path
 """What text a user gives: strings and chats, or where they are: a .txt, .jsonl, .csv or .parquet file, or
 NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub or in a folder."""
 
-ALGORITHM = 28
+ALGORITHM = 29
 """Number of what a fusion computes: raised whenever results change, so that kept ones are not used again."""
 
 TRAINED = {"layers": "all layers", "all": "all parameters", "fused": "the fused layers", "lora": "adapters"}

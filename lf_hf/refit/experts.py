@@ -7,7 +7,7 @@ others leave (block Gauss-Seidel); after two sweeps over the experts little is l
 
 The layer whose router and experts are kept is the one whose experts come nearest after the first sweep. In it the
 channels of other layers' experts compete with its own, as all layers' channels do where there are no experts: beside
-each expert stand those of other layers that worked most on its tokens, and the best channels of all stay.
+each expert stand the two of each other layer that worked most on its tokens, and the best channels of all stay.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from lf_hf.runtime.numerics import bfloat16_products, in_float64
 
 _ROWS = 8192  # tokens of an expert that are in float32 at a time
 _NEAR = 1e-3  # ridge by which what experts get of tokens is told apart
+_PARTNERS = 2  # experts of each other layer whose channels compete with those of one
 _BUSIEST = 4  # times as many tokens as the mean that the busiest expert is given, about
 
 
@@ -205,7 +206,8 @@ class _Mixture:
         nearest = [self._nearest(weighted, gram, theirs) for theirs in layers]
         for number, block in enumerate(self._blocks):
             width = block.writer.shape[1]
-            others = [of_layer[number] for of_layer in nearest][: MAX_CANDIDATES // width - 1]
+            others = [*chain(*zip(*(of_layer[number] for of_layer in nearest), strict=True))]  # the nearest first
+            others = others[: MAX_CANDIDATES // width - 1]
             if not others or len(block.tokens) < 2 * width:
                 continue
             origins = [part.layer for part in (block, *others) for _ in range(part.start.shape[1])]
@@ -214,18 +216,22 @@ class _Mixture:
             self.kept.update(origins[channel] for channel in chosen.tolist())
             self._blocks[number] = block._replace(start=start)
 
-    def _nearest(self, weighted: Tensor, gram: Tensor, theirs: Sequence[_Block]) -> list[_Block]:
-        """For each expert the one of another layer that writes most to its tokens, with the part of it that is its.
+    def _nearest(self, weighted: Tensor, gram: Tensor, theirs: Sequence[_Block]) -> list[list[_Block]]:
+        """For each expert those of another layer that write most to its tokens, with the parts of them that are its.
 
         What an expert there writes is shared out among those here by least squares on how much of each token they get.
         """
         mass = weighted.T @ self._shares(theirs)  # (experts, theirs)
         sizes = torch.stack([torch.linalg.vector_norm(block.start.float()) for block in theirs])
         parts = torch.linalg.solve(gram, mass)
-        chosen = (mass * sizes).argmax(1).tolist()
+        chosen = (mass * sizes).topk(min(_PARTNERS, len(theirs)), dim=1).indices.tolist()
+        starts = [block.start for block in theirs]
         return [
-            theirs[other]._replace(start=(theirs[other].start * parts[number, other]).to(theirs[other].start.dtype))
-            for number, other in enumerate(chosen)
+            [
+                theirs[other]._replace(start=(starts[other] * parts[number, other]).to(starts[other].dtype))
+                for other in partners
+            ]
+            for number, partners in enumerate(chosen)
         ]
 
     def _shares(self, blocks: Sequence[_Block]) -> Tensor:
@@ -330,15 +336,16 @@ def fitting_experts(setup: Setup, tokens: int, joined: int, *, is_rough: bool) -
     """Bytes and work of the fit of the experts of `joined` layers as one layer's."""
     shape = setup.shape
     inside, sweep = _sweeping(setup, tokens, 1)
-    wide = 1 if is_rough else num_competing(shape, joined)
+    layers = 1 if is_rough else num_competing(shape, joined)
     # The matrices of layers that compete, or of the best one so far, and of the next; what these two leave to write.
-    inside += (wide + 1) * shape.layer_bytes + 8 * tokens * shape.hidden
+    inside += (layers + 1) * shape.layer_bytes + 8 * tokens * shape.hidden
     work = Work({setup.own_product: joined * 2 * shape.hidden**2 * shape.readers * shape.experts * shape.expert_width})
     work += Work(layer=2 * tokens * shape.hidden * shape.mlp * joined * (shape.readers + 1))
     work += times(sweep, joined if is_rough else joined + 1)
-    if wide > 1:
+    if layers > 1:
+        wide = min(1 + _PARTNERS * (layers - 1), MAX_CANDIDATES // shape.expert_width)
         of_blocks, competing = _sweeping(setup, tokens, wide)
-        inside = max(inside, wide * shape.layer_bytes + of_blocks + 4 * tokens * (shape.hidden + 3 * shape.experts))
+        inside = max(inside, layers * shape.layer_bytes + of_blocks + 4 * tokens * (shape.hidden + 3 * shape.experts))
         work += competing
     return inside + tokens * shape.hidden * shape.size, work
 
