@@ -174,9 +174,10 @@ def _select_heads(fit: HalfFit, layers: Sequence[dict[str, Tensor]], kinds: Sequ
     weights = with_heads(half, layers, wide, kept, keep)
     kind = kinds[0]
     if whole:
-        number = int(kept)
-        kind = kinds[number]
-        weights |= {f"{norm}.weight": layers[number][f"{norm}.weight"] for norm in family.norms_of_heads}
+        if any(other != kind for other in kinds):  # else the host does not wait
+            kind = kinds[int(kept)]
+        norms = [f"{norm}.weight" for norm in family.norms_of_heads]
+        weights |= {name: torch.stack([layer[name] for layer in layers])[kept].squeeze(0) for name in norms}
     elif is_attention and family.head_norms:  # one norm gives heads other sizes than their own ones did
         weights |= with_one_norm(layers, weights, kept // keep, family.norms_of_heads)
         problem = fit.build_problem(weights, fit.writer_inputs(weights, kind))

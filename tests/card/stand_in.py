@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -197,6 +198,9 @@ def insert(library: ctypes.CDLL) -> Cards:
 
     `library` is what `build` made, loaded before torch, which asks once whether there are cards.
     """
+    with suppress(ImportError):
+        # Imported before there are cards, as what it takes from CUDA for a card is not here.
+        importlib.import_module("bitsandbytes")
     for name in ("card_live", "card_capacity", "card_peak"):
         getattr(library, name).restype = ctypes.c_int64
     _Stream.library, cards = library, Cards(library)
